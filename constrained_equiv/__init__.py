@@ -1,0 +1,42 @@
+"""Train equivariant networks through constrained relaxation: relax -> constrain -> step -> finalize -> verify."""
+
+from constrained_equiv import (
+    actions,
+    adapters,
+    constraints,
+    errors,
+    groups,
+    intertwiners,
+    monitor,
+    representations,
+    schedules,
+)
+from constrained_equiv._finalize import Report, finalize
+from constrained_equiv._optim import ConstrainedOptimizer
+from constrained_equiv._relax import disabled, parameter_groups, relax, relaxations
+from constrained_equiv._symmetry import Symmetry
+from constrained_equiv._verify import assert_equivariant, equivariance_error
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "ConstrainedOptimizer",
+    "Report",
+    "Symmetry",
+    "actions",
+    "adapters",
+    "assert_equivariant",
+    "constraints",
+    "disabled",
+    "equivariance_error",
+    "errors",
+    "finalize",
+    "groups",
+    "intertwiners",
+    "monitor",
+    "parameter_groups",
+    "relax",
+    "relaxations",
+    "representations",
+    "schedules",
+]

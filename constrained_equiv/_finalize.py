@@ -1,0 +1,367 @@
+"""Finish: check the terms against their levels, fold or drop them, recalibrate, measure, report.
+
+What enters: a relaxed model, its optimizer and a few batches. What leaves: the same model without terms, of the classes
+and keys it had before `relax`, and a `Report`.
+Law: nothing is changed unless every term passes the check (or `on_violation` says otherwise); the loss is measured.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten
+
+from constrained_equiv import constraints
+from constrained_equiv._optim import ConstrainedOptimizer
+from constrained_equiv._relax import Relaxation, relaxations, remove
+from constrained_equiv._symmetry import Symmetry
+from constrained_equiv._verify import equivariance_error
+from constrained_equiv.errors import ConstrainedEquivError, RelaxationError, ViolationError
+from constrained_equiv.schedules import value_at
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """What happened to one layer's term.
+
+    Attributes:
+        name: of the layer.
+        value: the term's measure when it was checked.
+        allowed: the largest value that passed, level + atol.
+        measure: name of the measure.
+        folded: Frobenius norm of the equivariant part written into the layer's own weights.
+        removed: Frobenius norm of what was dropped.
+        output_change: relative change of the layer's output on the first batch; None without batches.
+        kept: whether the term is still there (`on_violation="keep"`).
+    """
+
+    name: str
+    value: float
+    allowed: float
+    measure: str
+    folded: float
+    removed: float
+    output_change: float | None
+    kept: bool
+
+
+@dataclass(frozen=True)
+class Report:
+    """What `finalize` did; prints as a table.
+
+    Attributes:
+        layers: one entry per relaxed layer.
+        output_change: relative change of the model's output on the first batch; None without batches.
+        error_before: relative equivariance error of the relaxed model; None without a symmetry.
+        error_after: the same of the finished model.
+        recalibrated: number of normalisation layers whose statistics were gathered anew.
+        notes: what could not be done, in words.
+    """
+
+    layers: tuple[LayerReport, ...]
+    output_change: float | None
+    error_before: float | None
+    error_after: float | None
+    recalibrated: int
+    notes: tuple[str, ...]
+
+    def __str__(self) -> str:
+        header = ("layer", "measure", "value", "allowed", "folded", "removed", "output change", "")
+        rows = [
+            (
+                layer.name or "(model)",
+                layer.measure,
+                f"{layer.value:.3g}",
+                f"{layer.allowed:.3g}",
+                f"{layer.folded:.3g}",
+                f"{layer.removed:.3g}",
+                _optional(layer.output_change),
+                "kept" if layer.kept else "",
+            )
+            for layer in self.layers
+        ]
+        widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+        lines = [
+            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in (header, *rows)
+        ]
+        lines += [
+            f"output of the model changed by {_optional(self.output_change)} (relative)",
+            f"equivariance error {_optional(self.error_before)} before, {_optional(self.error_after)} after (relative)",
+            f"normalisation layers recalibrated: {self.recalibrated}",
+            *self.notes,
+        ]
+        return "\n".join(line.rstrip() for line in lines)
+
+
+def finalize(
+    model: nn.Module,
+    *,
+    optimizer: torch.optim.Optimizer | None = None,
+    batches: Iterable[Any] | None = None,
+    forward: Callable[[nn.Module, Any], Any] | None = None,
+    symmetry: Symmetry | None = None,
+    fold: bool = False,
+    atol: float = 1e-3,
+    on_violation: Literal["raise", "drop", "keep"] = "raise",
+) -> Report:
+    """Take the terms away and give back the equivariant model, in place.
+
+    Args:
+        model: a relaxed model (the bare module, not its DistributedDataParallel wrapper).
+        optimizer: the optimizer; a `ConstrainedOptimizer` states the levels and is released, and the terms' parameters
+            leave any optimizer's groups and state.
+        batches: for the measured changes, and for gathering the statistics of normalisation layers anew.
+        forward: `forward(model, batch)` runs the model on one of `batches`; `model(batch)` by default.
+        symmetry: of the model; the report then holds its equivariance error before and after, on the first batch.
+        fold: write the equivariant part of free terms into the layers' own weights before the rest is dropped.
+        atol: how far above its level a term may be, in the measure's unit.
+        on_violation: `raise` (default) changes nothing and raises; `drop` removes the terms all the same; `keep` leaves
+            the terms above their level in place, so that the report names where the data broke the symmetry.
+
+    Returns:
+        The report.
+
+    Raises:
+        RelaxationError: if no layer is relaxed.
+        ViolationError: with `on_violation="raise"`, if a term is above its level.
+    """
+    if on_violation not in ("raise", "drop", "keep"):
+        raise ViolationError(f"on_violation={on_violation!r}: expected 'raise', 'drop' or 'keep'")
+    found = relaxations(model)
+    if not found:
+        raise RelaxationError("the model has no relaxed layer: expected a model after ce.relax(model)")
+    checks = {id(term): check for term, check in _checks(found, optimizer, atol, fold)}
+    above = [r for r in found if not checks[id(r.term)].value <= checks[id(r.term)].allowed]
+    if above and on_violation == "raise":
+        worst = sorted(above, key=lambda r: checks[id(r.term)].allowed - checks[id(r.term)].value)[:5]
+        lines = [f"  {r.name}: {checks[id(r.term)].value:.3g} > {checks[id(r.term)].allowed:.3g}" for r in worst]
+        raise ViolationError(
+            f"{len(above)} of {len(found)} terms are above their level; nothing was removed:\n"
+            + "\n".join(lines)
+            + "\n"
+            "train longer at level 0, or pass on_violation='drop' (remove them all the same) or 'keep'"
+        )
+    kept = [r for r in above if on_violation == "keep"]
+    leaving = [r for r in found if r not in kept]
+
+    run = forward or (lambda m, batch: m(batch))
+    stream = None if batches is None else iter(batches)
+    first = [] if stream is None else [next(stream)]
+    notes: list[str] = []
+    probe = _Probe(model, [r.layer for r in found]) if first else None
+    if probe is not None:
+        with _evaluation(model):
+            probe.run(run, first[0])
+    error_before = _model_error(model, symmetry, probe, notes)
+
+    folded = {id(r.term): _fold(r, notes) if fold else 0.0 for r in leaving}
+    removed = {id(r.term): _dropped_norm(r, fold) for r in leaving}
+    remove([r.layer for r in leaving], optimizer)
+    if isinstance(optimizer, ConstrainedOptimizer) and not kept:
+        optimizer.release()
+
+    changes: dict[int, float] = {}
+    output_change = None
+    if probe is not None:
+        with _evaluation(model):
+            changes, output_change = probe.changes(run, first[0])
+    statistics = _statistics_layers(model)
+    if statistics and stream is not None:
+        _recalibrate(model, statistics, chain(first, stream), run)
+    elif statistics:
+        notes.append(
+            f"{len(statistics)} normalisation layers keep statistics gathered with the terms on: pass batches= and "
+            "forward="
+        )
+    error_after = _model_error(model, symmetry, probe, notes)
+    layers = tuple(
+        LayerReport(
+            r.name,
+            checks[id(r.term)].value,
+            checks[id(r.term)].allowed,
+            checks[id(r.term)].measure,
+            folded.get(id(r.term), 0.0),
+            removed.get(id(r.term), 0.0),
+            changes.get(id(r.layer)),
+            r in kept,
+        )
+        for r in found
+    )
+    return Report(
+        layers,
+        output_change,
+        error_before,
+        error_after,
+        len(statistics) if stream is not None else 0,
+        tuple(dict.fromkeys(notes)),
+    )
+
+
+@dataclass(frozen=True)
+class _Check:
+    value: float
+    allowed: float
+    measure: str
+
+
+def _checks(
+    found: Iterable[Relaxation], optimizer: torch.optim.Optimizer | None, atol: float, fold: bool
+) -> Iterator[tuple[Any, _Check]]:
+    """Check every term by the constraints it was trained with, and by its norm against 0 where it had none."""
+    stated = optimizer.constraints if isinstance(optimizer, ConstrainedOptimizer) else ()
+    step = optimizer.finished_steps if isinstance(optimizer, ConstrainedOptimizer) else 0
+    covered = set()
+    for record in stated:
+        level = value_at(record.level, step)
+        for term, value in zip(record.terms.modules, record.measure.values(record.terms).tolist(), strict=True):
+            covered.add(id(term))
+            gap = abs(value - level) + level if record.type == "equality" else value
+            yield term, _Check(gap, level + atol, record.measure.name)
+    bare = [r for r in found if id(r.term) not in covered]
+    if bare:
+        terms = constraints.Terms.of([(r.name, r.term) for r in bare])
+        measure = constraints.weight_measure("non_equivariant" if fold else "whole")
+        for term, value in zip(terms.modules, measure.values(terms).tolist(), strict=True):
+            yield term, _Check(value, atol, measure.name)
+
+
+@torch.no_grad()
+def _fold(relaxation: Relaxation, notes: list[str]) -> float:
+    """Write P(scale * gate * W) into the layer's own weights; return the norm written."""
+    term, how = relaxation.term, relaxation.adapter
+    if term.complement:
+        return 0.0
+    total = term.matrix().detach()
+    equivariant = total - term.projection.complement_(total.clone())
+    written = torch.zeros_like(total) if how.fold is None else how.fold(relaxation.layer, equivariant)
+    lost = float(torch.linalg.vector_norm(equivariant - written))
+    if lost > 1e-6 * max(float(torch.linalg.vector_norm(equivariant)), 1e-30):
+        notes.append(
+            f"layer {relaxation.name!r} ({how.name}): an equivariant part of norm {lost:.3g} does not fit into its own "
+            "weights; relax with complement=True for an exact finish"
+        )
+    return float(torch.linalg.vector_norm(written))
+
+
+@torch.no_grad()
+def _dropped_norm(relaxation: Relaxation, fold: bool) -> float:
+    total = relaxation.term.matrix().detach().clone()
+    if fold:
+        relaxation.term.projection.complement_(total)
+    return float(torch.linalg.vector_norm(total))
+
+
+class _Probe:
+    """The inputs and outputs of the model and of its layers on one batch, before the terms go."""
+
+    def __init__(self, model: nn.Module, layers: list[nn.Module]) -> None:
+        self.model, self.layers = model, layers
+        self.calls: dict[int, tuple[tuple[Any, ...], dict[str, Any], Any]] = {}
+        self.output: Any = None
+
+    def run(self, run: Callable[[nn.Module, Any], Any], batch: Any) -> None:
+        def keep(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            self.calls.setdefault(id(module), (args, kwargs, output))
+
+        handles = [
+            m.register_forward_hook(keep, with_kwargs=True)
+            for m in {id(m): m for m in (self.model, *self.layers)}.values()
+        ]
+        try:
+            self.output = run(self.model, batch)
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def changes(self, run: Callable[[nn.Module, Any], Any], batch: Any) -> tuple[dict[int, float], float]:
+        per_layer = {}
+        for layer in self.layers:
+            if id(layer) in self.calls:
+                args, kwargs, before = self.calls[id(layer)]
+                per_layer[id(layer)] = _relative_change(before, layer(*args, **kwargs))
+        return per_layer, _relative_change(self.output, run(self.model, batch))
+
+
+def _model_error(model: nn.Module, symmetry: Symmetry | None, probe: _Probe | None, notes: list[str]) -> float | None:
+    if symmetry is None:
+        notes.append("equivariance of the model was not measured: pass symmetry=ce.Symmetry(group, inputs, outputs)")
+        return None
+    if probe is None or id(model) not in probe.calls:
+        notes.append("equivariance of the model was not measured: pass batches= and a forward= that calls the model")
+        return None
+    args, kwargs, _ = probe.calls[id(model)]
+    if kwargs:
+        raise ConstrainedEquivError(
+            f"forward= calls the model with keywords {sorted(kwargs)}: expected positional inputs, which "
+            "symmetry.inputs describes"
+        )
+    with _evaluation(model):
+        return equivariance_error(model, args if len(args) > 1 else args[0], symmetry=symmetry)
+
+
+def _relative_change(before: Any, after: Any) -> float:
+    old, new = _tensors_of(before), _tensors_of(after)
+    size = math.hypot(*(float(torch.linalg.vector_norm(t.double())) for t in old))
+    gap = math.hypot(*(float(torch.linalg.vector_norm(a.double() - b.double())) for a, b in zip(old, new, strict=True)))
+    return gap / size if size else gap
+
+
+def _tensors_of(value: Any) -> list[Tensor]:
+    leaves = tree_flatten(value)[0]
+    tensors = [leaf.tensor if hasattr(leaf, "tensor") and hasattr(leaf, "type") else leaf for leaf in leaves]
+    return [t.detach() for t in tensors if isinstance(t, Tensor) and t.is_floating_point()]
+
+
+@contextmanager
+def _evaluation(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode with the terms on, whatever `evaluate_with_terms` says, and modes restored afterwards."""
+    modes = [(module, module.training) for module in model.modules()]
+    terms = [(r.term, r.term.evaluate_with_terms) for r in relaxations(model)]
+    model.eval()
+    for term, _ in terms:
+        term.evaluate_with_terms = True
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+        for term, value in terms:
+            term.evaluate_with_terms = value
+
+
+def _statistics_layers(model: nn.Module) -> list[nn.Module]:
+    """Layers that keep running statistics of their inputs (torch's, e3nn's and escnn's batch norms)."""
+    return [
+        m for m in model.modules() if isinstance(getattr(m, "running_var", None), Tensor) and hasattr(m, "momentum")
+    ]
+
+
+@torch.no_grad()
+def _recalibrate(
+    model: nn.Module, layers: list[nn.Module], batches: Iterable[Any], run: Callable[[nn.Module, Any], Any]
+) -> None:
+    """Replace running statistics by the mean over batches: momentum 1 / k at the k-th batch."""
+    momenta = [layer.momentum for layer in layers]
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    for layer in layers:
+        layer.train()
+    try:
+        for count, batch in enumerate(batches, start=1):
+            for layer in layers:
+                layer.momentum = 1.0 / count  # type: ignore[assignment]
+            run(model, batch)
+    finally:
+        for layer, momentum in zip(layers, momenta, strict=True):
+            layer.momentum = momentum
+        for module, mode in modes:
+            module.training = mode
+
+
+def _optional(value: float | None) -> str:
+    return "not measured" if value is None else f"{value:.3g}"

@@ -1,0 +1,305 @@
+"""Relaxation: attach a non-equivariant term to chosen layers, switch it off, list it, take it away.
+
+What enters: a model. What leaves: the same model, whose chosen layers are of a subclass made on the fly and hold one
+child module `non_equivariant`.
+Law: `isinstance`, base `state_dict` keys, parameters and inactive outputs stay bit for bit; removal restores the class.
+"""
+
+import copy
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, TypeVar, cast
+
+import torch
+from torch import nn
+from torch.nn.parameter import UninitializedParameter
+
+from constrained_equiv import adapters
+from constrained_equiv._terms import CHILD, Init, NonEquivariantTerm
+from constrained_equiv.adapters import Adapter, Site
+from constrained_equiv.errors import RelaxationError, SerializationError
+
+Module = TypeVar("Module", bound=nn.Module)
+
+
+@dataclass(frozen=True, eq=False)
+class Relaxation:
+    """One relaxed layer, as `relaxations` lists it.
+
+    Attributes:
+        name: of the layer in the model.
+        layer: the relaxed layer.
+        term: its child module.
+        adapter: how it was relaxed.
+        site: representations and shape of the term.
+    """
+
+    name: str
+    layer: nn.Module
+    term: NonEquivariantTerm
+    adapter: Adapter
+    site: Site
+
+
+class Relaxations(tuple[Relaxation, ...]):
+    """The relaxed layers of a model, in the model's order; prints as a table."""
+
+    def __str__(self) -> str:
+        header = ("layer", "class", "term", "inputs -> outputs", "parameters", "equivariant maps")
+        rows = [
+            (
+                r.name or "(model)",
+                base_class(r.layer).__name__,
+                r.term.extra_repr(),
+                f"{r.site.inputs} -> {r.site.outputs}",
+                f"{r.term.weight.numel():,}",
+                f"{r.site.projection.rank:,}",
+            )
+            for r in self
+        ]
+        widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+        lines = [
+            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in (header, *rows)
+        ]
+        return "\n".join(line.rstrip() for line in lines)
+
+
+def relax(
+    model: Module,
+    *,
+    where: Callable[[str, nn.Module], bool] | None = None,
+    adapter: Adapter | None = None,
+    complement: bool = True,
+    gate: bool = False,
+    init: Init = 0.0,
+    evaluate_with_terms: bool = True,
+    generator: torch.Generator | None = None,
+) -> Module:
+    """Give chosen layers an extra non-equivariant term, in place: f(x) = E(x) + scale * gate * W x.
+
+    Args:
+        model: an equivariant network, built and, if wanted, loaded; relax before building the optimizer and before
+            wrapping in DistributedDataParallel.
+        where: `where(name, layer)` chooses layers; by default every layer with a built-in adapter (e3nn `o3.Linear` and
+            weighted tensor products).
+        adapter: how to relax the layers that `where` chooses, for example `ce.adapters.linear(...)`; by default the
+            built-in one of each.
+        complement: keep W orthogonal to the equivariant maps, so that its norm is the layer's distance from
+            equivariance. False gives the published free form.
+        gate: multiply W by a learnable scalar, initially 1.
+        init: standard deviation of W's entries, or a function such as `torch.nn.init.kaiming_uniform_`; the default 0
+            starts training at the equivariant model.
+        evaluate_with_terms: whether `model.eval()` keeps the terms on.
+        generator: source of randomness of `init`.
+
+    Returns:
+        The same model. `print(ce.relaxations(model))` shows what was matched.
+
+    Raises:
+        RelaxationError: if no layer was matched, a layer is relaxed already, or a term cannot be attached; the model is
+            then unchanged.
+    """
+    if adapter is not None and where is None:
+        raise RelaxationError(
+            "relax got adapter= without where=: expected where=lambda name, layer: ... to choose its layers"
+        )
+    chosen: list[tuple[nn.Module, Adapter, Site]] = []
+    matched = 0
+    for name, layer in _candidates(model):
+        if where is not None and not where(name, layer):
+            continue
+        how = adapter or adapters.find(layer)
+        if how is None:
+            if where is None:
+                continue
+            raise RelaxationError(
+                f"layer {name!r} of class {type(layer).__name__} has no built-in adapter: state its representations by "
+                "adapter=ce.adapters.linear(inputs, outputs), or choose fewer layers in where="
+            )
+        _check_attachable(name, layer)
+        site = how.site(layer)
+        matched += 1
+        if not complement or site.projection.rank < site.like.new_empty(site.shape, device="meta").numel():
+            chosen.append((layer, how, site))
+    if not chosen:
+        raise RelaxationError(_nothing_matched(model, matched))
+    for layer, how, site in chosen:
+        term = NonEquivariantTerm(
+            site.projection,
+            site.shape,
+            rows=site.rows,
+            complement=complement,
+            gated=gate,
+            evaluate_with_terms=evaluate_with_terms,
+            like=site.like,
+            plan=site.plan,
+        )
+        term.initialise(init, generator)
+        term.requires_grad_(any(p.requires_grad for p in layer.parameters()))
+        term.train(layer.training)
+        layer.add_module(CHILD, term)
+        base: Any = type(layer)
+        layer.__class__ = _relaxed_class(base, how)
+        _refresh(layer)
+    return model
+
+
+def relaxations(model: nn.Module) -> Relaxations:
+    """List the relaxed layers of a model."""
+    found = []
+    for name, layer in model.named_modules():
+        if is_relaxed(layer):
+            how = adapter_of(layer)
+            found.append(Relaxation(name, layer, term_of(layer), how, how.site(layer)))
+    return Relaxations(found)
+
+
+@contextmanager
+def disabled(model: nn.Module) -> Iterator[None]:
+    """Switch all terms off within a `with` block: the layers run their own forward, bit for bit.
+
+    Args:
+        model: a relaxed model; a plain one is left alone.
+    """
+    layers = [layer for layer in model.modules() if is_relaxed(layer)]
+    before = [term_of(layer).enabled for layer in layers]
+    _enable(layers, [False] * len(layers))
+    try:
+        yield
+    finally:
+        _enable(layers, before)
+
+
+def parameter_groups(
+    model: nn.Module, *, lr: float, term_lr: float | None = None, term_weight_decay: float = 0.0
+) -> list[dict[str, Any]]:
+    """Split a relaxed model's parameters for an optimizer: the model's own, and the terms' without weight decay.
+
+    Args:
+        model: a relaxed model.
+        lr: learning rate of the model's own parameters.
+        term_lr: learning rate of the terms; `lr` by default.
+        term_weight_decay: decay of the terms; 0 by default, for the constraint is what shrinks them.
+
+    Returns:
+        Two parameter groups for any `torch.optim` optimizer that takes weight_decay.
+    """
+    terms = [p for layer in model.modules() if is_relaxed(layer) for p in term_of(layer).parameters()]
+    if not terms:
+        raise RelaxationError(
+            "the model has no relaxed layer: call ce.relax(model) before ce.parameter_groups(model, ...)"
+        )
+    ours = {id(p) for p in terms}
+    own = [p for p in model.parameters() if id(p) not in ours]
+    return [
+        {"params": own, "lr": lr},
+        {"params": terms, "lr": lr if term_lr is None else term_lr, "weight_decay": term_weight_decay, "terms": True},
+    ]
+
+
+def remove(layers: Iterable[nn.Module], optimizer: torch.optim.Optimizer | None = None) -> None:
+    """Take the terms away: restore each layer's class and keys, and forget the terms' parameters in an optimizer."""
+    gone = set()
+    for layer in layers:
+        gone |= {id(p) for p in term_of(layer).parameters()}
+        how = adapter_of(layer)
+        layer.__class__ = base_class(layer)
+        delattr(layer, CHILD)
+        if how.refresh is not None:
+            how.refresh(layer)
+    if optimizer is not None:
+        for group in optimizer.param_groups:
+            for parameter in [p for p in group["params"] if id(p) in gone]:
+                optimizer.state.pop(parameter, None)
+            group["params"] = [p for p in group["params"] if id(p) not in gone]
+
+
+def is_relaxed(layer: nn.Module) -> bool:
+    """Whether this very module, not a child, carries a term."""
+    return hasattr(type(layer), "_relaxed_from")
+
+
+def term_of(layer: nn.Module) -> NonEquivariantTerm:
+    """Return the term of a relaxed layer."""
+    term = getattr(layer, CHILD)
+    assert isinstance(term, NonEquivariantTerm)
+    return term
+
+
+def base_class(layer: nn.Module) -> type[nn.Module]:
+    """Return the class that a relaxed layer had before."""
+    base: type[nn.Module] = type(layer)._relaxed_from[0]  # type: ignore[attr-defined]
+    return base
+
+
+def adapter_of(layer: nn.Module) -> Adapter:
+    """Return the adapter that a layer was relaxed with."""
+    how: Adapter = type(layer)._relaxed_from[1]  # type: ignore[attr-defined]
+    return how
+
+
+@cache
+def _relaxed_class(base: Any, how: Adapter) -> Any:
+    """The subclass of a layer's class whose forward pass adds the term; one per class and adapter."""
+
+    def refuse(self: nn.Module, protocol: Any) -> Any:
+        raise SerializationError(
+            f"{type(self).__name__} cannot be pickled while relaxed: save model.state_dict(), or finish with "
+            "ce.finalize(model)"
+        )
+
+    def deepcopy(self: nn.Module, memo: dict[int, Any]) -> nn.Module:
+        make, arguments, state = base.__reduce_ex__(self, 4)[:3]
+        replica = make(*arguments)
+        memo[id(self)] = replica
+        replica.__setstate__(copy.deepcopy(state, memo))
+        return cast(nn.Module, replica)
+
+    members = how.methods(base) | {"__reduce_ex__": refuse, "__deepcopy__": deepcopy}
+    return type(
+        f"Relaxed{base.__name__}", (base,), {**members, "_relaxed_from": (base, how), "__module__": base.__module__}
+    )
+
+
+def _candidates(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    inside = {id(m) for layer in model.modules() if is_relaxed(layer) for m in term_of(layer).modules()}
+    return ((name, layer) for name, layer in model.named_modules() if id(layer) not in inside)
+
+
+def _check_attachable(name: str, layer: nn.Module) -> None:
+    if is_relaxed(layer):
+        raise RelaxationError(
+            f"layer {name!r} is relaxed already: call ce.finalize(model) first, or leave it out in where="
+        )
+    if isinstance(layer, torch.jit.ScriptModule):
+        raise RelaxationError(
+            f"layer {name!r} is a TorchScript module: expected a Python module; relax the model before scripting it"
+        )
+    if any(isinstance(p, UninitializedParameter) for p in layer.parameters()):
+        raise RelaxationError(f"layer {name!r} is lazily built: run one batch through the model before ce.relax(model)")
+
+
+def _nothing_matched(model: nn.Module, matched: int) -> str:
+    if matched:
+        return (
+            f"{matched} layers were matched, but every linear map of their representations is equivariant already: "
+            "nothing to relax; expected at least one layer with non-scalar features"
+        )
+    kinds = sorted({type(m).__name__ for m in model.modules() if next(m.parameters(recurse=False), None) is not None})
+    return (
+        f"no layer was matched; layers with weights here: {', '.join(kinds) or 'none'}; expected e3nn layers, or state "
+        "representations: ce.relax(model, where=lambda name, layer: ..., adapter=ce.adapters.linear(inputs, outputs))"
+    )
+
+
+def _enable(layers: list[nn.Module], states: list[bool]) -> None:
+    for layer, state in zip(layers, states, strict=True):
+        term_of(layer).enabled = state
+        _refresh(layer)
+
+
+def _refresh(layer: nn.Module) -> None:
+    if (refresh := adapter_of(layer).refresh) is not None:
+        refresh(layer)

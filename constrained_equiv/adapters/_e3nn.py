@@ -1,0 +1,164 @@
+"""Adapters for e3nn: `o3.Linear` and the weight-carrying tensor products.
+
+What enters: an e3nn layer. What leaves: adapters that read `irreps_in`, `irreps_in1` and `irreps_out` (attributes that
+e3nn has had since 0.4) and know how the layer's own weights span the equivariant maps.
+Law: a linear layer and its term are one dense product; a tensor product and its term are two, the second on the first
+input only.
+"""
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from constrained_equiv.adapters._base import Adapter, Methods, Site
+from constrained_equiv.errors import RelaxationError
+from constrained_equiv.intertwiners import intertwiners
+
+_UNWEIGHTED = ("FullTensorProduct", "ElementwiseTensorProduct", "TensorSquare")
+
+
+def adapters(e3nn_o3: Any) -> tuple[Adapter, ...]:
+    """Return the adapters, given the imported module `e3nn.o3`."""
+    skipped = tuple(getattr(e3nn_o3, name) for name in _UNWEIGHTED if hasattr(e3nn_o3, name))
+
+    def is_linear(layer: nn.Module) -> bool:
+        return isinstance(layer, e3nn_o3.Linear)
+
+    def is_product(layer: nn.Module) -> bool:
+        return isinstance(layer, e3nn_o3.TensorProduct) and not isinstance(layer, skipped) and layer.weight_numel > 0
+
+    return (
+        Adapter("e3nn linear", is_linear, _linear_site, _linear_methods, _fold_linear),
+        Adapter("e3nn tensor product", is_product, _product_site, _product_methods),
+    )
+
+
+def _site(inputs: Any, outputs: Any, layer: Any, plan: Any = None) -> Site:
+    space = intertwiners(inputs, outputs)
+    tensors = [t for t in (*layer.parameters(), *layer.buffers()) if t.is_floating_point()]
+    like = tensors[0] if tensors else torch.empty(0)
+    return Site(space, space.shape, float(max(space.shape[0], 1)), str(inputs), str(outputs), like, plan)
+
+
+def _linear_site(layer: Any) -> Site:
+    if layer.weight.ndim > 1:
+        raise RelaxationError(
+            f"{layer} has weights of shape {tuple(layer.weight.shape)} (f_in, f_out): expected a layer without feature "
+            "axes; leave it out with where=lambda name, layer: ..."
+        )
+    return _site(layer.irreps_in, layer.irreps_out, layer, _plan(layer))
+
+
+def _product_site(layer: Any) -> Site:
+    return _site(layer.irreps_in1, layer.irreps_out, layer)
+
+
+def _linear_methods(base: type[nn.Module]) -> Methods:
+    def forward(self: Any, features: Tensor, weight: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
+        term = self.non_equivariant
+        if not term.active:
+            return base.forward(self, features, weight, bias)  # type: ignore[no-any-return]
+        if weight is None and bias is None and self.internal_weights:
+            result = nn.functional.linear(
+                features, _add_equivariant(self, term.plan, term.matrix()), _dense_bias(self, term.plan)
+            )
+        else:
+            result = base.forward(self, features, weight, bias) + nn.functional.linear(features, term.matrix())
+        term.observe(features, result)
+        return result
+
+    return {"forward": forward}
+
+
+def _product_methods(base: type[nn.Module]) -> Methods:
+    def forward(self: Any, x: Tensor, y: Tensor, weight: Tensor | None = None) -> Tensor:
+        result: Tensor = base.forward(self, x, y, weight)
+        term = self.non_equivariant
+        if not term.active:
+            return result
+        result = result + nn.functional.linear(x, term.matrix())
+        term.observe(x, result)
+        return result
+
+    return {"forward": forward}
+
+
+class _Path(NamedTuple):
+    """One linear path of the layer: where its block and its weights are, as plain numbers that a compiler can read."""
+
+    rows: slice
+    columns: slice
+    dim: int
+    factor: float
+    weights: slice
+    shape: tuple[int, int]
+
+    def view(self, weight: Tensor) -> Tensor:
+        return weight[self.weights].view(self.shape)
+
+
+class _Plan(NamedTuple):
+    outputs: int
+    paths: tuple[_Path, ...]
+    biases: tuple[tuple[slice, float, slice], ...]  # rows, factor, entries of the flat bias
+
+
+def _plan(layer: Any) -> _Plan:
+    columns, rows = layer.irreps_in.slices(), layer.irreps_out.slices()
+    paths, biases = [], []
+    at_weight = at_bias = 0
+    for path in layer.instructions:
+        size = math.prod(path.path_shape)
+        if path.i_in == -1:
+            biases.append((rows[path.i_out], float(path.path_weight), slice(at_bias, at_bias + size)))
+            at_bias += size
+        elif size:
+            dim = layer.irreps_in[path.i_in].ir.dim
+            entries = slice(at_weight, at_weight + size)
+            where = rows[path.i_out], columns[path.i_in]
+            paths.append(_Path(*where, dim, float(path.path_weight), entries, tuple(path.path_shape)))
+            at_weight += size
+    return _Plan(layer.irreps_out.dim, tuple(paths), tuple(biases))
+
+
+def _copies(matrix: Tensor, path: _Path) -> Tensor:
+    """View one block (mul_out d, mul_in d) as the (mul_out, mul_in, d) numbers that multiply identities."""
+    inputs, outputs = path.shape
+    block = matrix[path.rows, path.columns].view(outputs, path.dim, inputs, path.dim)
+    return block.diagonal(dim1=1, dim2=3)
+
+
+def _add_equivariant(layer: Any, plan: _Plan, matrix: Tensor) -> Tensor:
+    """Add the layer's own map, as a dense matrix, to a fresh matrix (out, in)."""
+    for path in plan.paths:
+        _copies(matrix, path).add_(path.view(layer.weight).T.unsqueeze(-1), alpha=path.factor)
+    return matrix
+
+
+def _dense_bias(layer: Any, plan: _Plan) -> Tensor | None:
+    if not plan.biases:
+        return None
+    dense: Tensor = layer.bias.new_zeros(plan.outputs)
+    for rows, factor, entries in plan.biases:
+        dense[rows] = factor * layer.bias[entries]
+    return dense
+
+
+def _fold_linear(layer: Any, equivariant: Tensor) -> Tensor:
+    """Write the block multiples of the identity into the path weights; repeated paths share them with minimal norm."""
+    written = torch.zeros_like(equivariant)
+    if not layer.internal_weights:
+        return written
+    paths = _plan(layer).paths
+    strength: dict[tuple[int, int], float] = {}
+    for path in paths:
+        block = path.rows.start, path.columns.start
+        strength[block] = strength.get(block, 0.0) + path.factor**2
+    for path in paths:
+        share = path.factor / strength[path.rows.start, path.columns.start]
+        change = _copies(equivariant, path).mean(-1)
+        path.view(layer.weight).add_(change.T, alpha=share)
+        _copies(written, path).add_(change.unsqueeze(-1), alpha=share * path.factor)
+    return written

@@ -1,0 +1,194 @@
+"""Constraint schedules: step -> level.
+
+What enters: numbers. What leaves: plain functions of the step, called by `ConstrainedOptimizer` after each step.
+Law: a schedule is defined for every step >= 0 and takes its end value exactly from step `steps` on.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+from constrained_equiv.errors import ScheduleError
+
+Schedule: TypeAlias = Callable[[int], float]
+"""A function from the number of finished optimizer steps to a level (or a scale)."""
+
+
+@dataclass(frozen=True)
+class Ramp:
+    """Move from `start` to `end` within `steps` steps, then stay; made by `linear`, `cosine` and their like."""
+
+    start: float
+    end: float
+    steps: int
+    shape: Literal["linear", "cosine", "exponential"] = "linear"
+    rate: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name in ("start", "end", "rate"):
+            _require_finite(name, getattr(self, name))
+        if isinstance(self.steps, bool) or not isinstance(self.steps, int) or self.steps < 0:
+            raise ScheduleError(
+                f"steps={self.steps!r}: expected an integer >= 0, the number of steps until the end value"
+            )
+        if self.rate <= 0:
+            raise ScheduleError(f"rate={self.rate!r}: expected a number > 0")
+
+    def __call__(self, step: int) -> float:
+        """Return the level at a step."""
+        if step >= self.steps:
+            return self.end
+        fraction = max(step, 0) / self.steps
+        if self.shape == "cosine":
+            remaining = 0.5 * (1.0 + math.cos(math.pi * fraction))
+        elif self.shape == "exponential":
+            remaining = math.expm1(self.rate * (1.0 - fraction)) / math.expm1(self.rate)
+        else:
+            remaining = 1.0 - fraction
+        return self.end + (self.start - self.end) * remaining
+
+
+@dataclass(frozen=True)
+class Joined:
+    """Schedules one after another; each sees steps counted from its own boundary."""
+
+    schedules: tuple[Schedule, ...]
+    boundaries: tuple[int, ...]
+
+    def __call__(self, step: int) -> float:
+        """Return the level at a step."""
+        index = sum(step >= boundary for boundary in self.boundaries)
+        return self.schedules[index](step - (0 if index == 0 else self.boundaries[index - 1]))
+
+
+def constant(value: float) -> Ramp:
+    """Return the same level at every step.
+
+    Args:
+        value: the level, in the unit of the measure it is used with.
+
+    Example:
+        >>> constant(0.1)(1_000)
+        0.1
+    """
+    return Ramp(value, value, 0)
+
+
+def linear(start: float, end: float, steps: int, *, steps_per_epoch: int = 1) -> Ramp:
+    """Move on a straight line from `start` to `end`.
+
+    Args:
+        start: level at step 0.
+        end: level from the last step on, taken exactly.
+        steps: number of optimizer steps (of epochs, where `steps_per_epoch` is given).
+        steps_per_epoch: optimizer steps per unit of `steps`.
+
+    Raises:
+        ScheduleError: if `steps` is negative or a level is not finite.
+
+    Example:
+        >>> [linear(1.0, 0.0, 4)(step) for step in range(6)]
+        [1.0, 0.75, 0.5, 0.25, 0.0, 0.0]
+    """
+    return Ramp(start, end, steps * steps_per_epoch)
+
+
+def cosine(start: float, end: float, steps: int, *, steps_per_epoch: int = 1) -> Ramp:
+    """Move from `start` to `end` along half a cosine wave, slow at both ends; arguments as for `linear`.
+
+    Example:
+        >>> [round(cosine(1.0, 0.0, 4)(step), 3) for step in range(6)]
+        [1.0, 0.854, 0.5, 0.146, 0.0, 0.0]
+    """
+    return Ramp(start, end, steps * steps_per_epoch, "cosine")
+
+
+def exponential(start: float, end: float, steps: int, *, rate: float = 5.0, steps_per_epoch: int = 1) -> Ramp:
+    """Decay from `start` to `end` like exp(-rate * step / steps), shifted so that `end` is reached exactly.
+
+    Args:
+        start: level at step 0.
+        end: level from the last step on; unlike for a plain exponential it may be 0.
+        steps: as for `linear`.
+        rate: number of e-foldings within `steps`; larger falls faster at first.
+        steps_per_epoch: as for `linear`.
+
+    Example:
+        >>> [round(exponential(1.0, 0.0, 4)(step), 3) for step in range(6)]
+        [1.0, 0.282, 0.076, 0.017, 0.0, 0.0]
+    """
+    return Ramp(start, end, steps * steps_per_epoch, "exponential", rate)
+
+
+def triangle(steps: int, *, peak: float = 1.0, steps_per_epoch: int = 1) -> Joined:
+    """Rise from 0 to `peak` at half of `steps` and fall back to 0 at the end, the published schedule of the scale.
+
+    Example:
+        >>> [triangle(4)(step) for step in range(6)]
+        [0.0, 0.5, 1.0, 0.5, 0.0, 0.0]
+
+    Reference: Pertigkiozoglou et al. (2024), "Improving Equivariant Model Training via Constraint Relaxation". The
+        published code stopped one step short of 0; this one ends there.
+    """
+    total = steps * steps_per_epoch
+    half = total // 2
+    return join([linear(0.0, peak, half), linear(peak, 0.0, total - half)], [half])
+
+
+def join(schedules: Sequence[Schedule], boundaries: Sequence[int]) -> Joined:
+    """Use `schedules[i]` from step `boundaries[i - 1]` on.
+
+    Args:
+        schedules: one more than `boundaries`; each counts its steps from its own boundary.
+        boundaries: increasing steps.
+
+    Raises:
+        ScheduleError: if the counts do not fit or the boundaries do not increase.
+
+    Example:
+        >>> warm = join([constant(1.0), linear(1.0, 0.0, 2)], [3])
+        >>> [warm(step) for step in range(6)]
+        [1.0, 1.0, 1.0, 1.0, 0.5, 0.0]
+    """
+    if len(schedules) != len(boundaries) + 1:
+        raise ScheduleError(
+            f"join got {len(schedules)} schedules and {len(boundaries)} boundaries: expected one boundary fewer than "
+            "schedules"
+        )
+    if any(later < earlier for earlier, later in zip([0, *boundaries], boundaries, strict=False)):
+        raise ScheduleError(f"boundaries={list(boundaries)}: expected steps >= 0 in increasing order")
+    return Joined(tuple(as_schedule(schedule) for schedule in schedules), tuple(boundaries))
+
+
+def as_schedule(level: float | Schedule) -> Schedule:
+    """Read a number as a constant schedule and leave a function of the step as it is.
+
+    Raises:
+        ScheduleError: if `level` is neither a finite number nor callable.
+    """
+    if callable(level):
+        return level
+    if isinstance(level, int | float) and not isinstance(level, bool):
+        return constant(float(level))
+    raise ScheduleError(
+        f"level={level!r}: expected a number or a function of the step, such as ce.schedules.cosine(1.0, 0.0, 8_000)"
+    )
+
+
+def value_at(schedule: Schedule, step: int) -> float:
+    """Evaluate a schedule at a step and check what it returned.
+
+    Raises:
+        ScheduleError: if the value is not a finite number.
+    """
+    value = schedule(step)
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ScheduleError(f"schedule {schedule!r} returned {value!r} at step {step}: expected a float")
+    _require_finite(f"schedule {schedule!r} at step {step}", value)
+    return float(value)
+
+
+def _require_finite(name: str, value: float) -> None:
+    if not math.isfinite(value):
+        raise ScheduleError(f"{name}={value!r}: expected a finite number")
