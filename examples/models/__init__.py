@@ -1,0 +1,1 @@
+"""Equivariant networks that the experiments train, each written from its equations on standard layers."""
