@@ -393,8 +393,8 @@ class _Engine:
             raise CheckpointError(f"checkpoint version {state.get('version')!r}: expected {_VERSION}")
         if list(state["names"]) != list(self.names):
             raise CheckpointError(
-                f"the checkpoint's constraints are {state['names']}: expected {list(self.names)}; relax and constrain as in "
-                "the saved run"
+                f"the checkpoint's constraints are {state['names']}: expected {list(self.names)}; relax and constrain "
+                "as in the saved run"
             )
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
