@@ -1,0 +1,101 @@
+"""The main job in small: it runs, selects with the terms off, and goes on exactly after an interruption."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("e3nn")
+pytest.importorskip("matplotlib")
+pytest.importorskip("tqdm")
+
+from examples import harness, nbody, report
+
+SMALL = "--epochs 6 --samples 24 --validation 16 --hidden 4x0e+4x1o --layers 1 --batch 8"
+
+
+def options(folder: Path, *more: str) -> list[str]:
+    return [*SMALL.split(), "--out", str(folder), *more]
+
+
+def record(folder: Path, stem: str) -> dict[str, Any]:
+    content = json.loads((folder / f"{stem}.json").read_text())
+    return {key: value for key, value in content.items() if key not in ("step_ms", "wall_seconds")}
+
+
+def test_main_writes_table_results_and_plots(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    nbody.main(options(tmp_path))
+    printed = capsys.readouterr().out
+    for method in ("strict", "triangle", "primal-dual"):
+        assert method in printed
+        assert record(tmp_path, f"{method}-1")["error_after"] < 1e-6
+    assert "not resolved" in printed
+    assert {f.name for f in tmp_path.glob("*.png")} == {"validation.png", "primal-dual-0.png", "primal-dual-1.png"}
+    assert len(json.loads((tmp_path / "results.json").read_text())) == 6
+
+
+def test_relaxed_run_ends_with_the_plain_model_and_was_relaxed_before(tmp_path: Path) -> None:
+    nbody.main(options(tmp_path, "--seeds", "0", "--methods", "strict", "primal-dual", "--epochs", "10"))
+    plain, ours = record(tmp_path, "strict-0"), record(tmp_path, "primal-dual-0")
+    assert ours["parameters"] == plain["parameters_trained"] < ours["parameters_trained"]
+    assert ours["error_relaxed"] > 1e-3 > 1e-6 > ours["error_before"]
+    assert ours["best_epoch"] >= 8  # selected after the level reached zero
+
+
+@pytest.mark.parametrize("method", ["strict", "primal-dual"])
+def test_interrupted_run_resumes_exactly(method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen = ("--methods", method, "--seeds", "3")
+    nbody.main(options(tmp_path / "whole", *chosen))
+
+    original, calls = harness._epoch, []
+
+    def interrupted(*arguments: Any) -> float:
+        calls.append(1)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return original(*arguments)
+
+    monkeypatch.setattr(harness, "_epoch", interrupted)
+    with pytest.raises(SystemExit, match="--resume"):
+        nbody.main(options(tmp_path / "parts", *chosen))
+    monkeypatch.undo()
+    nbody.main(options(tmp_path / "parts", *chosen, "--resume"))
+    assert record(tmp_path / "parts", f"{method}-3") == record(tmp_path / "whole", f"{method}-3")
+    if method == "primal-dual":
+        histories = [(tmp_path / part / "primal-dual-3.csv").read_text() for part in ("whole", "parts")]
+        assert histories[0] == histories[1]
+
+
+def test_resume_refuses_other_settings(tmp_path: Path) -> None:
+    nbody.main(options(tmp_path, "--methods", "strict", "--seeds", "0"))
+    with pytest.raises(ValueError, match="written with"):
+        nbody.main(options(tmp_path, "--methods", "strict", "--seeds", "0", "--resume", "--lr", "1e-4"))
+
+
+def test_whole_pipeline_is_equivariant_in_float64(float64_default: None) -> None:
+    import constrained_equiv as ce
+
+    task = nbody.make_task(
+        nbody.parse(["--samples", "8", "--validation", "8", "--hidden", "4x0e+4x1o", "--layers", "2"])
+    )
+    model = task.build()
+    optimizer = harness.primal_dual(model, task, 20, 1e-3)
+    batch = tuple(tensor.double() for tensor in task.train)
+    for _ in range(20):
+        optimizer.zero_grad()
+        task.loss(model, batch).backward()
+        optimizer.step()
+    ce.finalize(model, optimizer=optimizer)
+    ce.assert_equivariant(model, task.inputs(batch), symmetry=task.symmetry, tolerance=1e-13)
+
+
+def test_verdict_needs_the_interval_to_leave_out_zero() -> None:
+    def runs(method: str, values: list[float]) -> list[dict[str, Any]]:
+        return [{"method": method, "seed": seed, "test": value} for seed, value in enumerate(values)]
+
+    strict = runs("strict", [1.0, 2.0, 3.0])
+    assert report._verdict({"strict": strict, "a": runs("a", [0.9, 1.91, 2.89])}, "a", 1.0).endswith("better")
+    assert report._verdict({"strict": strict, "a": runs("a", [0.5, 2.4, 3.0])}, "a", 1.0).endswith("not resolved")
+    assert torch.tensor(report._STUDENT).diff().max() < 0
