@@ -170,7 +170,7 @@ def run(
         **asdict(settings),
     }
     torch.manual_seed(seed)
-    model = task.build().to(settings.device)
+    model = task.build().to(settings.device).train()  # escnn: a layer never told so holds an empty cached filter
     parameters = sum(p.numel() for p in model.parameters())
     untouched = copy.deepcopy(model)
     steps = settings.epochs * settings.steps_per_epoch(len(task.train[0]))

@@ -3,8 +3,8 @@
     python -m examples.benchmarks.step_overhead [--threads 1] [--steps 40] [--device cpu]
 
 A step is forward, backward and optimizer step (Adam; for relaxed networks a `ConstrainedOptimizer` around it, with the
-complement projection). The variants take turns, so that a slow moment of the machine hits all of them; ratios of medians
-are printed, and the memory that autograd keeps for the backward pass.
+complement projection). The variants take turns, so that a slow moment of the machine hits all of them; ratios of
+medians are printed, and of the memory that autograd keeps for the backward pass.
 """
 
 import argparse
@@ -37,7 +37,8 @@ def main() -> None:
     inputs.append(torch.randn(options.batch, 5, device=options.device).sign())
     updates = ce.relax(copy.deepcopy(plain), where=lambda name, layer: ".update." in name and name[-1].isdigit())
     everything = ce.relax(copy.deepcopy(plain))
-    report("SEGNN 32x0e+32x1o, 4 layers", {"plain": plain, "8 updates": updates, "all": everything}, inputs, options.steps)
+    variants = {"plain": plain, "8 updates": updates, "all": everything}
+    report("SEGNN 32x0e+32x1o, 4 layers", variants, inputs, options.steps)
 
 
 def report(title: str, variants: dict[str, nn.Module], inputs: list[Tensor], steps: int) -> None:
