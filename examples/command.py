@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 
 from examples import harness, report
+from examples.methods import METHODS
 
 
 def parser(description: str, *, out: str, epochs: int, samples: int, batch: int, lr: float) -> argparse.ArgumentParser:
@@ -18,7 +19,7 @@ def parser(description: str, *, out: str, epochs: int, samples: int, batch: int,
         lr: default initial learning rate.
     """
     result = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    result.add_argument("--methods", nargs="+", choices=list(harness.METHODS), default=list(harness.METHODS))
+    result.add_argument("--methods", nargs="+", choices=list(METHODS), default=["strict", "triangle", "primal-dual"])
     result.add_argument("--seeds", nargs="+", type=int, default=[0, 1])
     result.add_argument("--epochs", type=int, default=epochs)
     result.add_argument("--samples", type=int, default=samples, help="training samples")
@@ -46,7 +47,7 @@ def run(task: harness.Task, options: argparse.Namespace, *, scale: float = 1.0) 
     try:
         for seed in options.seeds:
             for method in options.methods:
-                record = harness.run(task, harness.METHODS[method], seed, settings, options.out, resume=options.resume)
+                record = harness.run(task, METHODS[method], seed, settings, options.out, resume=options.resume)
                 records.append(record)
                 result = f"test {task.metric_name} {record['test']:.4g}"
                 print(f"{method}, seed {seed}: {result} after {record['wall_seconds']:.0f} s", flush=True)

@@ -13,6 +13,7 @@ import os
 import platform
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import median
@@ -93,38 +94,15 @@ class Method:
         name: for tables.
         prepare: `prepare(model, task, steps, lr)` relaxes the model in place and returns its optimizer.
         finish: keyword arguments of `ce.finalize`, for methods that leave terms above their level or fold them.
+        folds: whether the equivariant part of the terms stays, so that validation leaves the terms on.
+        augment: whether the task's augmentation is used.
     """
 
     name: str
     prepare: Callable[[nn.Module, Task, int, float], torch.optim.Optimizer]
     finish: dict[str, Any] = field(default_factory=dict)
-
-
-def strict(model: nn.Module, task: Task, steps: int, lr: float) -> torch.optim.Optimizer:
-    """The equivariant model alone."""
-    return torch.optim.Adam(model.parameters(), lr=lr)
-
-
-def triangle(model: nn.Module, task: Task, steps: int, lr: float) -> torch.optim.Optimizer:
-    """The published schedule: free terms whose scale rises from 0 to 1 and falls back to 0."""
-    ce.relax(model, where=task.where, adapter=task.adapter, complement=False, init=1e-2)
-    schedule = ce.schedules.triangle(int(LEVEL_ENDS * steps))
-    base = torch.optim.Adam(ce.parameter_groups(model, lr=lr))
-    return ce.ConstrainedOptimizer(base, ce.constraints.scale(model, schedule=schedule))
-
-
-def primal_dual(model: nn.Module, task: Task, steps: int, lr: float) -> torch.optim.Optimizer:
-    """Terms in the complement of the equivariant maps, held under a falling level by multipliers."""
-    ce.relax(model, where=task.where, adapter=task.adapter)
-    level = ce.schedules.cosine(start=0.5, end=0.0, steps=int(LEVEL_ENDS * steps))
-    base = torch.optim.Adam(ce.parameter_groups(model, lr=lr))
-    return ce.ConstrainedOptimizer(base, ce.constraints.weight(model, level=level))
-
-
-METHODS = {
-    method.name: method
-    for method in (Method("strict", strict), Method("triangle", triangle), Method("primal-dual", primal_dual))
-}
+    folds: bool = False
+    augment: bool = True
 
 
 @dataclass
@@ -186,9 +164,10 @@ def run(
     bar = tqdm(range(progress.epoch, settings.epochs), stem.name, settings.epochs, initial=progress.epoch, disable=None)
     for epoch in bar:
         started = time.perf_counter()
-        loss = _epoch(task, model, optimizer, anneal, seed, epoch, settings, progress)
+        augment = task.augment if method.augment else None
+        loss = _epoch(task, augment, model, optimizer, anneal, seed, epoch, settings, progress)
         progress.train_loss.append(loss)
-        with ce.disabled(model):
+        with nullcontext() if method.folds else ce.disabled(model):
             progress.val.append(evaluate(task, model, task.val, settings))
         if epoch % max(1, settings.epochs // 10) == 0:
             progress.relaxed_error = max(progress.relaxed_error, _error(task, model, settings))
@@ -258,6 +237,7 @@ def evaluate(task: Task, model: nn.Module, split: Batch, settings: Settings) -> 
 
 def _epoch(
     task: Task,
+    augment: Callable[[Batch, torch.Generator], Batch] | None,
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     anneal: torch.optim.lr_scheduler.LRScheduler,
@@ -271,8 +251,8 @@ def _epoch(
     model.train()
     total = torch.zeros((), device=settings.device)
     for batch in batches(task.train, settings, generator):
-        if task.augment is not None:
-            batch = task.augment(batch, generator)
+        if augment is not None:
+            batch = augment(batch, generator)
         started = time.perf_counter()
         optimizer.zero_grad()
         loss = task.loss(model, batch)

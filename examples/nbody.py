@@ -6,7 +6,7 @@
 
 The published setting: `--samples 3000 --validation 2000 --hidden 32x0e+32x1o --layers 4 --batch 100 --epochs 1000
 --seeds 0 1 2 --lr 5e-4` (hours on a CPU). Writes a table, `results.json` and plots into `--out`. The lines that use the
-library are the symmetry below and `primal_dual` in `harness.py`.
+library are the symmetry below and `primal_dual` in `methods.py`.
 """
 
 import argparse

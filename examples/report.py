@@ -16,7 +16,7 @@ import matplotlib.pyplot as plt
 
 Record = dict[str, Any]
 COLUMNS = (
-    ("method", 12),
+    ("method", 24),
     ("seeds", 6),
     ("test", 20),
     ("relaxed error", 14),

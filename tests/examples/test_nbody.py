@@ -11,7 +11,7 @@ pytest.importorskip("e3nn")
 pytest.importorskip("matplotlib")
 pytest.importorskip("tqdm")
 
-from examples import harness, nbody, report
+from examples import harness, methods, nbody, report
 
 SMALL = "--epochs 6 --samples 24 --validation 16 --hidden 4x0e+4x1o --layers 1 --batch 8"
 
@@ -81,7 +81,7 @@ def test_whole_pipeline_is_equivariant_in_float64(float64_default: None) -> None
         nbody.parse(["--samples", "8", "--validation", "8", "--hidden", "4x0e+4x1o", "--layers", "2"])
     )
     model = task.build()
-    optimizer = harness.primal_dual(model, task, 20, 1e-3)
+    optimizer = methods.primal_dual(model, task, 20, 1e-3)
     batch = tuple(tensor.double() for tensor in task.train)
     for _ in range(20):
         optimizer.zero_grad()
