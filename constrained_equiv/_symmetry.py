@@ -84,6 +84,5 @@ def _move(action: Any, element: Tensor, value: Any, where: str) -> Any:
     if not isinstance(value, tuple | list) or len(value) != len(action):
         found = f"{len(value)} parts" if isinstance(value, tuple | list) else type(value).__name__
         raise RepresentationError(f"{where}: expected {len(action)} parts, one per action, found {found}")
-    return type(value)(
-        _move(a, element, v, f"{where}[{i}]") for i, (a, v) in enumerate(zip(action, value, strict=True))
-    )
+    parts = [_move(a, element, v, f"{where}[{i}]") for i, (a, v) in enumerate(zip(action, value, strict=True))]
+    return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)  # a named tuple takes its parts

@@ -1,30 +1,96 @@
-"""Verification: is a model equivariant, and if not, by how much.
+"""Verification: is a model equivariant, and if not, by how much, and is it more than rounding.
 
-What enters: any callable, its inputs and a `Symmetry`. What leaves: relative errors, or an `EquivarianceError` that
-shows the worst element. Knows nothing of relaxation.
+What enters: any callable, its inputs and a `Symmetry`. What leaves: relative errors, an `EquivarianceReport`, or an
+`EquivarianceError` that shows the worst element. Knows nothing of relaxation.
 Law: the error is relative and taken over discrete generators and sampled elements, so a part of the group that random
-rotations never reach (parity) is always tested.
+rotations never reach (parity) is always tested; and it is shown beside the model's own rounding, measured, not assumed.
 """
 
+import copy
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from torch import Tensor
-from torch.utils._pytree import tree_flatten
+from torch import Tensor, nn
+from torch.utils._pytree import keystr, tree_flatten_with_path, tree_map
 
 from constrained_equiv._symmetry import Symmetry
 from constrained_equiv.errors import EquivarianceError, RepresentationError
+from constrained_equiv.groups import Group
 
 _TOLERANCES = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+_ROUNDING_FACTOR = 30.0
+"""Errors up to this many times the measured rounding are called rounding: it is an estimate from one or two draws."""
+
+
+@dataclass(frozen=True, repr=False)
+class EquivarianceReport:
+    """How equivariant a model is at its worst element and output; prints in words.
+
+    Attributes:
+        group: whose elements were tried.
+        error: || f(g x) - g f(x) || / || f(x) ||, the largest over elements and outputs.
+        rounding: how much of that the model's own rounding accounts for, in the same unit: the change of f(x) and
+            f(g x) under `method`, at least one unit in the last place.
+        method: `higher precision` (the same weights and inputs in float64) or `last digits` (random changes in the last
+            place of inputs and weights), where the model is float64 already or cannot be evaluated in it.
+        exact: the error in float64, None by the other method.
+        noise: relative change of f(x) between two calls with the same x; 0 unless the model is random.
+        tolerance: largest error that passes.
+        output: where in the structure of outputs, empty for a single tensor.
+        dtype: of that output.
+        element: the worst group element (d, d).
+    """
+
+    group: Group
+    error: float
+    rounding: float
+    method: Literal["higher precision", "last digits"]
+    exact: float | None
+    noise: float
+    tolerance: float
+    output: str
+    dtype: torch.dtype
+    element: Tensor
+
+    @property
+    def passed(self) -> bool:
+        """Whether the error is within the tolerance."""
+        return self.error <= self.tolerance
+
+    @property
+    def verdict(self) -> str:
+        """What the numbers mean, in one sentence."""
+        times = self.error / self.rounding
+        if self.noise > 0:
+            return (
+                f"two calls with the same input differ by {self.noise:.2g}: the model is random (dropout?) or keeps "
+                "state; call model.eval() first"
+            )
+        if not math.isfinite(self.error):
+            return "an output is not finite, or zero for x but not for g x"
+        if times <= _ROUNDING_FACTOR:
+            return "rounding: the error is of the size of the model's own rounding"
+        within = "within the tolerance, but " if self.passed else ""
+        return f"{within}no rounding: {times:.3g} times the model's own rounding of {self.rounding:.2g}"
+
+    def __repr__(self) -> str:
+        exact = "" if self.exact is None else f", {self.exact:.3g} in float64"
+        return (
+            f"relative equivariance error {self.error:.3g} under {self.group}{exact}: expected at most "
+            f"{self.tolerance:.3g} for {self.dtype}\n{self.verdict} (by {self.method})\n"
+            f"worst element, output {self.output or 'tensor'}:\n{self.element}"
+        )
 
 
 @dataclass(frozen=True)
 class _Worst:
     error: float
+    excess: float
     element: Tensor
-    leaf: int
+    output: str
     dtype: torch.dtype
 
 
@@ -50,7 +116,10 @@ def equivariance_error(
 
     Returns:
         The error; 0 for a perfect model, about 1 for one that ignores the group, infinite if an output is zero for x
-        but not for g x.
+        but not for g x, NaN if an output is.
+
+    Raises:
+        RepresentationError: if an action does not fit, or there is nothing to compare.
 
     Example:
         >>> norm = lambda x: x.norm(dim=-1, keepdim=True)
@@ -59,7 +128,38 @@ def equivariance_error(
         >>> error < 1e-5
         True
     """
-    return _worst(model, inputs, symmetry, samples, generator).error
+    return _worst(model, inputs, symmetry, _elements(symmetry, samples, generator), 0.0).error
+
+
+def equivariance_report(
+    model: Callable[..., Any],
+    inputs: Any,
+    *,
+    symmetry: Symmetry,
+    tolerance: float | None = None,
+    samples: int = 8,
+    generator: torch.Generator | None = None,
+) -> EquivarianceReport:
+    """Measure the equivariance error, and how much of it is the model's own rounding.
+
+    A float32 model is evaluated again in float64, on a deep copy; a float64 model, or one that cannot be copied,
+    with the last digits of its inputs and weights changed at random. Arguments as for `assert_equivariant`.
+
+    Returns:
+        A record that prints in words.
+
+    Raises:
+        RepresentationError: as `equivariance_error`.
+
+    Example:
+        >>> from constrained_equiv import groups
+        >>> leaky = lambda x: x + 0.003 * x.abs()
+        >>> report = equivariance_report(leaky, torch.randn(5, 3), symmetry=Symmetry(groups.O3(), "1x1o", "1x1o"))
+        >>> report.passed, report.error > 1_000 * report.rounding
+        (False, True)
+    """
+    worst = _worst(model, inputs, symmetry, _elements(symmetry, samples, generator), tolerance)
+    return _report(model, inputs, symmetry, worst, tolerance)
 
 
 def assert_equivariant(
@@ -83,33 +183,112 @@ def assert_equivariant(
         generator: see `equivariance_error`.
 
     Raises:
-        EquivarianceError: with the worst element and its error.
+        EquivarianceError: with the worst element, its error, and the model's own rounding beside it.
     """
-    worst = _worst(model, inputs, symmetry, samples, generator)
-    allowed = _TOLERANCES.get(worst.dtype, 1e-4) if tolerance is None else tolerance
-    if not worst.error <= allowed:
-        raise EquivarianceError(
-            f"relative equivariance error {worst.error:.3g} under {symmetry.group}: expected at most {allowed:.3g} for "
-            f"{worst.dtype}\nworst element, output {worst.leaf}:\n{worst.element}"
+    _require(model, inputs, symmetry, _elements(symmetry, samples, generator), tolerance)
+
+
+def assert_equivariant_at(
+    model: Callable[..., Any], inputs: Any, element: Tensor, *, symmetry: Symmetry, tolerance: float | None = None
+) -> None:
+    """Raise unless the model is equivariant at given group elements, for example those of a property test.
+
+    Args:
+        model: see `equivariance_error`.
+        inputs: see `equivariance_error`.
+        element: (d, d) or (n, d, d), the group's defining matrices.
+        symmetry: see `equivariance_error`.
+        tolerance: see `assert_equivariant`.
+
+    Raises:
+        EquivarianceError: as `assert_equivariant`.
+        RepresentationError: if `element` is not made of (d, d) matrices.
+    """
+    degree = symmetry.group.degree
+    if element.ndim not in (2, 3) or element.shape[-2:] != (degree, degree):
+        raise RepresentationError(
+            f"element of shape {tuple(element.shape)}: expected ({degree}, {degree}) or (n, {degree}, {degree}), the "
+            f"defining matrices of {symmetry.group}"
         )
+    _require(model, inputs, symmetry, element.reshape(-1, degree, degree), tolerance)
+
+
+def allowed_error(dtype: torch.dtype) -> float:
+    """Return the relative error that passes by default for outputs of a dtype."""
+    return _TOLERANCES.get(dtype, 1e-4)
+
+
+def call(model: Callable[..., Any], inputs: Any) -> Any:
+    """Call a model as every check does: a tuple holds several arguments."""
+    return model(*inputs) if isinstance(inputs, tuple) else model(inputs)
+
+
+def leaves(value: Any) -> dict[str, Tensor]:
+    """Return the floating-point tensors in a structure by their place in it; geometric tensors give their data."""
+    found = {}
+    for path, leaf in tree_flatten_with_path(value)[0]:
+        tensor = getattr(leaf, "tensor", leaf) if not isinstance(leaf, Tensor) else leaf
+        if isinstance(tensor, Tensor) and (tensor.is_floating_point() or tensor.is_complex()):
+            found[keystr(path)] = tensor.detach()
+    return found
+
+
+def relative_gap(found: Tensor, expected: Tensor, reference: Tensor) -> float:
+    """Return || found - expected || / || reference ||, 0 if both are zero, computed in double precision.
+
+    Raises:
+        RepresentationError: if the shapes differ.
+    """
+    if found.shape != expected.shape:
+        raise RepresentationError(
+            f"f(g x) has shape {tuple(found.shape)} and g f(x) {tuple(expected.shape)}: expected equal shapes"
+        )
+    wide = torch.complex128 if found.is_complex() else torch.float64
+    gap = float(torch.linalg.vector_norm(found.to(wide) - expected.to(wide)))
+    size = float(torch.linalg.vector_norm(reference.to(wide)))
+    if size > 0 or not gap <= math.inf:
+        return gap / size if size else gap
+    return 0.0 if gap == 0 else math.inf
+
+
+def larger(first: float, second: float) -> bool:
+    """Whether the first error is worse; a NaN is worse than every number."""
+    return not math.isnan(second) and not first <= second
+
+
+def _elements(symmetry: Symmetry, samples: int, generator: torch.Generator | None) -> Tensor:
+    generator = generator or torch.Generator().manual_seed(0)
+    return torch.cat([symmetry.group.generators, symmetry.group.sample(samples, generator=generator)])
+
+
+def _require(
+    model: Callable[..., Any], inputs: Any, symmetry: Symmetry, elements: Tensor, tolerance: float | None
+) -> None:
+    worst = _worst(model, inputs, symmetry, elements, tolerance)
+    if not worst.excess <= 0:
+        raise EquivarianceError(repr(_report(model, inputs, symmetry, worst, tolerance)))
 
 
 def _worst(
-    model: Callable[..., Any], inputs: Any, symmetry: Symmetry, samples: int, generator: torch.Generator | None
+    model: Callable[..., Any], inputs: Any, symmetry: Symmetry, elements: Tensor, tolerance: float | None
 ) -> _Worst:
-    generator = generator or torch.Generator().manual_seed(0)
-    elements = torch.cat([symmetry.group.generators, symmetry.group.sample(samples, generator=generator)])
-    plain = _call(model, inputs)
+    """Find the element and output whose error exceeds the tolerance (None: that of the output's dtype) most."""
+    # copied, for a model may hand out one buffer every time
+    plain = tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, call(model, inputs))
+    sizes = leaves(plain)
     worst: _Worst | None = None
     for element in elements:
-        moved = _leaves(_call(model, symmetry.move_inputs(element, inputs)))
-        expected = _leaves(symmetry.move_outputs(element, plain))
-        for leaf, (a, b, y) in enumerate(zip(moved, expected, _leaves(plain), strict=True)):
-            size = torch.linalg.vector_norm(y.double())
-            gap = torch.linalg.vector_norm(a.double() - b.double())
-            error = float(gap / size) if float(size) > 0 else (0.0 if float(gap) == 0 else float("inf"))
-            if worst is None or not error <= worst.error:
-                worst = _Worst(error, element, leaf, y.dtype)
+        moved = leaves(call(model, symmetry.move_inputs(element, inputs)))
+        expected = leaves(symmetry.move_outputs(element, plain))
+        if not moved.keys() == expected.keys() == sizes.keys():
+            raise RepresentationError(
+                f"the model returned tensors at {list(moved)} for g x, at {list(sizes)} for x: expected one structure"
+            )
+        for place, size in sizes.items():
+            error = relative_gap(moved[place], expected[place], size)
+            excess = error - (allowed_error(size.dtype) if tolerance is None else tolerance)
+            if worst is None or larger(excess, worst.excess):
+                worst = _Worst(error, excess, element, place, size.dtype)
     if worst is None:
         raise RepresentationError(
             "nothing was compared: expected samples >= 1 or a group with discrete generators, and at least one output "
@@ -118,9 +297,85 @@ def _worst(
     return worst
 
 
-def _call(model: Callable[..., Any], inputs: Any) -> Any:
-    return model(*inputs) if isinstance(inputs, tuple) else model(inputs)
+def _report(
+    model: Callable[..., Any], inputs: Any, symmetry: Symmetry, worst: _Worst, tolerance: float | None
+) -> EquivarianceReport:
+    def outputs(run: Callable[..., Any], x: Any) -> Tensor:
+        return leaves(call(run, x))[worst.output]
+
+    moved = symmetry.move_inputs(worst.element, inputs)
+    at_x, at_gx = outputs(model, inputs), outputs(model, moved)
+    noise = relative_gap(outputs(model, inputs), at_x, at_x)
+    exact = None
+    method: Literal["higher precision", "last digits"] = "last digits"
+    again: list[tuple[Tensor, Tensor]] = []
+    if worst.dtype != torch.float64 and (precise := _in_float64(model, inputs, symmetry, worst)) is not None:
+        method, exact, again = "higher precision", precise[0], [precise[1:]]
+    else:
+        generator = torch.Generator().manual_seed(0)
+        for _ in range(2):
+            shaken = _shake_weights(model, generator)
+            again.append((outputs(shaken, _shake(inputs, generator)), outputs(shaken, _shake(moved, generator))))
+    rounding = max(relative_gap(a, at_x, at_x) + relative_gap(b, at_gx, at_x) for a, b in again)
+    return EquivarianceReport(
+        symmetry.group,
+        worst.error,
+        max(rounding, torch.finfo(worst.dtype).eps),
+        method,
+        exact,
+        noise,
+        allowed_error(worst.dtype) if tolerance is None else tolerance,
+        worst.output,
+        worst.dtype,
+        worst.element,
+    )
 
 
-def _leaves(value: Any) -> list[Tensor]:
-    return [leaf.detach() for leaf in tree_flatten(value)[0] if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+def _in_float64(
+    model: Callable[..., Any], inputs: Any, symmetry: Symmetry, worst: _Worst
+) -> tuple[float, Tensor, Tensor] | None:
+    """Return the error, f(x) and f(g x) in float64, or None where the model cannot be copied or evaluated in it."""
+    wide = _map_tensors(lambda t: t.double(), inputs)
+    try:
+        copied = copy.deepcopy(model).double() if isinstance(model, nn.Module) else model
+        at_x = call(copied, wide)
+        at_gx = leaves(call(copied, symmetry.move_inputs(worst.element, wide)))[worst.output]
+    except (RuntimeError, TypeError):  # constants of another dtype, or a module that cannot be copied
+        return None
+    expected = leaves(symmetry.move_outputs(worst.element, at_x))[worst.output]
+    plain = leaves(at_x)[worst.output]
+    if plain.dtype not in (torch.float64, torch.complex128):
+        return None
+    return relative_gap(at_gx, expected, plain), plain, at_gx
+
+
+def _shake_weights(model: Callable[..., Any], generator: torch.Generator) -> Callable[..., Any]:
+    if not isinstance(model, nn.Module):
+        return model
+    try:
+        shaken = copy.deepcopy(model)
+    except (RuntimeError, TypeError):  # for example a cached non-leaf tensor
+        return model
+    with torch.no_grad():
+        for parameter in shaken.parameters():
+            parameter.copy_(_shake(parameter.detach(), generator))
+    return shaken
+
+
+def _shake(value: Any, generator: torch.Generator) -> Any:
+    """Change the last digit of every number, up or down at random."""
+
+    def one(tensor: Tensor) -> Tensor:
+        up = torch.randint(2, tensor.shape, generator=generator).to(tensor.device) * 2 - 1
+        return tensor * (1 + up * torch.finfo(tensor.dtype).eps)
+
+    return _map_tensors(one, value)
+
+
+def _map_tensors(function: Callable[[Tensor], Tensor], value: Any) -> Any:
+    def one(leaf: Any) -> Any:
+        if isinstance(leaf, Tensor) and leaf.is_floating_point():
+            return function(leaf.detach()).requires_grad_(leaf.requires_grad)
+        return leaf
+
+    return tree_map(one, value)

@@ -242,7 +242,8 @@ def _null_space(group: Group, out: Atom, into: Atom) -> Tensor:
     system = torch.einsum("gij,kl->gikjl", left, eye_in) - torch.einsum("ij,gkl->gilkj", eye_out, right).permute(
         0, 1, 2, 4, 3
     )
-    _, values, vectors = torch.linalg.svd(system.reshape(-1, size), full_matrices=True)
+    reduced = torch.linalg.qr(system.reshape(-1, size), mode="r")[1]  # (size, size) unless there is no generator
+    _, values, vectors = torch.linalg.svd(reduced, full_matrices=True)
     rank = int((values > 1e-7 * max(1.0, float(values.max()) if len(values) else 1.0)).sum())
     solutions: Tensor = vectors[rank:].view(-1, out.dim, into.dim)
     return solutions

@@ -29,7 +29,7 @@ MatrixFunction: TypeAlias = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Atom:
-    """A building block whose equivariant maps to other blocks are known; atoms are compared by name within a group.
+    """A building block whose equivariant maps to other blocks are known, compared by name (and fingerprint) in a group.
 
     Attributes:
         name: unique within the group, for example `1o`.
@@ -37,12 +37,14 @@ class Atom:
         matrix: maps group elements (..., n, n) to (..., d, d).
         kind: `irreducible` of real type (Schur: maps between equal atoms are multiples of the identity, between others
             zero), `permutation` (matrices permute a basis), or `matrix` (anything else; maps found numerically).
+        fingerprint: of two sampled matrices, where the name alone does not determine them.
     """
 
     name: str
     dim: int
     matrix: MatrixFunction = field(compare=False, repr=False)
     kind: Literal["irreducible", "permutation", "matrix"] = "matrix"
+    fingerprint: int = field(default=0, repr=False)
 
     def __deepcopy__(self, memo: dict[int, object]) -> "Atom":
         return self
@@ -137,7 +139,7 @@ class Representation:
             eye = torch.eye(block.multiplicity, dtype=torch.float64)
             pattern = "uv,...ij->...uivj" if block.layout == "mul_ir" else "uv,...ij->...iujv"
             stop = start + block.dim
-            result[..., start:stop, start:stop] = torch.einsum(pattern, eye, small).reshape(
+            result[..., start:stop, start:stop] = torch.einsum(pattern, eye, small.double()).reshape(
                 *batch, block.dim, block.dim
             )
             start = stop
@@ -173,7 +175,7 @@ def rotation_generators(degree: int) -> Tensor:
     real = torch.zeros(2 * l + 1, 2 * l + 1, dtype=torch.complex128)  # rows: complex m, columns: real index
     real[l, l] = 1.0
     for k in range(1, l + 1):
-        cosine, sine = torch.tensor([1.0, 1j], dtype=torch.complex128) * math.sqrt(0.5)
+        cosine, sine = torch.tensor([1.0, -1j], dtype=torch.complex128) * math.sqrt(0.5)
         real[l - k, l + k], real[l - k, l - k] = cosine, -sine
         real[l + k, l + k], real[l + k, l - k] = cosine * (-1) ** k, sine * (-1) ** k
 
@@ -370,28 +372,41 @@ def from_function(
 
     Args:
         group: the group.
-        name: unique name within the group; representations are compared by it.
+        name: shown in messages.
         dim: d, the size of rho(g).
         matrix: maps (..., n, n) elements to (..., d, d) matrices, differentiable in the element for Lie groups.
         channels: number of copies.
         layout: order of the entries.
 
     Raises:
-        RepresentationError: if rho(identity) is not the identity or rho(g h) differs from rho(g) rho(h).
+        RepresentationError: if rho(identity) is not the identity, rho(g h) differs from rho(g) rho(h), or rho(exp A)
+            differs from exp(d rho(A)).
     """
     first, second = group.sample(2, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        unit, one, two, both = (matrix(g) for g in (group.identity, first, second, first @ second))
+        images = matrix(torch.stack([group.identity, first, second, first @ second])).double()
     eye = torch.eye(dim, dtype=torch.float64)
-    if unit.shape != eye.shape or not torch.allclose(unit.double(), eye, atol=1e-6):
+    if images.shape != (4, dim, dim) or not torch.allclose(images[0], eye, atol=1e-6):
         raise RepresentationError(
-            f"representation {name!r} of {group} at the identity: expected the ({dim}, {dim}) identity"
+            f"representation {name!r} of {group} maps elements (4, {group.degree}, {group.degree}) to "
+            f"{tuple(images.shape)}: expected (4, {dim}, {dim}), and the identity matrix at the identity"
         )
-    if not torch.allclose(both, one @ two, atol=1e-5):
+    if not torch.allclose(images[3], images[1] @ images[2], atol=1e-5):
         raise RepresentationError(
             f"representation {name!r} of {group}: expected rho(g h) = rho(g) rho(h), found a difference"
         )
-    return Representation(group, (Block(channels, Atom(name, dim, matrix), layout),))
+    atom = Atom(name, dim, matrix, fingerprint=groups.fingerprint(images[1:3]))
+    for direction in group.algebra:
+        if not torch.allclose(
+            torch.linalg.matrix_exp(_derivative(atom, direction).double()),
+            matrix(torch.linalg.matrix_exp(direction)).double(),
+            atol=1e-5,
+        ):
+            raise RepresentationError(
+                f"representation {name!r} of {group}: expected rho(exp A) = exp(d rho(A)), found a difference; write "
+                "rho with torch functions of the element, without detach, so that it can be differentiated"
+            )
+    return Representation(group, (Block(channels, atom, layout),))
 
 
 def from_matrices(
@@ -409,6 +424,11 @@ def from_matrices(
     Raises:
         RepresentationError: if the count is wrong, or the matrices do not satisfy the relations of the group.
     """
+    if group.order is None:
+        raise RepresentationError(
+            f"from_matrices({name!r}) of {group}: expected a finite group; write rho as a function of the element, "
+            "ce.representations.from_function(group, name, dim, rho)"
+        )
     if generators.ndim != 3 or len(generators) != len(group.generators):
         raise RepresentationError(
             f"from_matrices({name!r}) got shape {tuple(generators.shape)}: expected ({len(group.generators)}, d, d), "
@@ -418,12 +438,13 @@ def from_matrices(
     size, dim = group.degree, generators.shape[-1]
     joint = torch.zeros(len(generators), size + dim, size + dim, dtype=torch.float64)
     joint[:, :size, :size], joint[:, size:, size:] = group.generators, generators.double()
-    graph = groups.close_under_products(joint, torch.eye(size + dim, dtype=torch.float64))
-    if len(graph) != group.order:
+    try:
+        graph = groups.close_under_products(joint, torch.eye(size + dim, dtype=torch.float64), most=group.order)
+    except RepresentationError as error:
         raise RepresentationError(
-            f"from_matrices({name!r}): the matrices generate {len(graph)} pairs (g, rho(g)) for {group.order} elements "
-            f"of {group}: expected matrices that satisfy the relations of the group"
-        )
+            f"from_matrices({name!r}): the matrices generate more than {group.order} pairs (g, rho(g)) for "
+            f"{group.order} elements of {group}: expected matrices that satisfy the relations of the group"
+        ) from error
     elements, images = graph[:, :size, :size], graph[:, size:, size:]
 
     def matrix(acting: Tensor) -> Tensor:
@@ -441,12 +462,19 @@ def lift(representation: Representation, group: Group, index: int) -> Representa
         group: made by `ce.groups.product`.
         index: which factor.
     """
-    if not group.factors or group.factors[index] != representation.group:
-        raise RepresentationError(f"lift of {representation.group} to {group}, factor {index}: expected that factor")
+    if not 0 <= index < len(group.factors) or group.factors[index] != representation.group:
+        raise RepresentationError(
+            f"lift of {representation.group} to factor {index} of {group}: expected one of "
+            f"{list(enumerate(group.factors))}"
+        )
 
     def through(atom: Atom) -> Atom:
         matrix = atom.matrix
-        return Atom(f"{atom.name}@{index}", atom.dim, lambda g: matrix(groups.factor_of(group, g, index)), atom.kind)
+        # one-dimensional atoms of different factors can be equal (all trivial ones are), which names do not tell
+        kind = "matrix" if atom.dim == 1 else atom.kind
+        return replace(
+            atom, name=f"{atom.name}@{index}", matrix=lambda g: matrix(groups.factor_of(group, g, index)), kind=kind
+        )
 
     return Representation(group, tuple(replace(b, atom=through(b.atom)) for b in representation.blocks))
 

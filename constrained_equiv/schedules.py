@@ -7,10 +7,11 @@ Law: a schedule is defined for every step >= 0 and takes its end value exactly f
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from typing import Literal, TypeAlias, get_args
 
 from constrained_equiv.errors import ScheduleError
 
+_Shape: TypeAlias = Literal["linear", "cosine", "exponential"]
 Schedule: TypeAlias = Callable[[int], float]
 """A function from the number of finished optimizer steps to a level (or a scale)."""
 
@@ -22,28 +23,30 @@ class Ramp:
     start: float
     end: float
     steps: int
-    shape: Literal["linear", "cosine", "exponential"] = "linear"
+    shape: _Shape = "linear"
     rate: float = 1.0
 
     def __post_init__(self) -> None:
         for name in ("start", "end", "rate"):
             _require_finite(name, getattr(self, name))
-        if isinstance(self.steps, bool) or not isinstance(self.steps, int) or self.steps < 0:
-            raise ScheduleError(
-                f"steps={self.steps!r}: expected an integer >= 0, the number of steps until the end value"
-            )
+        _require_count("steps", self.steps, 0)
         if self.rate <= 0:
             raise ScheduleError(f"rate={self.rate!r}: expected a number > 0")
+        if self.shape not in get_args(_Shape):
+            raise ScheduleError(f"shape={self.shape!r}: expected one of {', '.join(map(repr, get_args(_Shape)))}")
 
     def __call__(self, step: int) -> float:
         """Return the level at a step."""
         if step >= self.steps:
             return self.end
-        fraction = max(step, 0) / self.steps
+        if step <= 0:
+            return self.start
+        fraction = step / self.steps
         if self.shape == "cosine":
             remaining = 0.5 * (1.0 + math.cos(math.pi * fraction))
         elif self.shape == "exponential":
-            remaining = math.expm1(self.rate * (1.0 - fraction)) / math.expm1(self.rate)
+            tail = math.expm1(-self.rate * (1.0 - fraction)) / math.expm1(-self.rate)
+            remaining = math.exp(-self.rate * fraction) * tail
         else:
             remaining = 1.0 - fraction
         return self.end + (self.start - self.end) * remaining
@@ -85,13 +88,13 @@ def linear(start: float, end: float, steps: int, *, steps_per_epoch: int = 1) ->
         steps_per_epoch: optimizer steps per unit of `steps`.
 
     Raises:
-        ScheduleError: if `steps` is negative or a level is not finite.
+        ScheduleError: if `steps` is negative, `steps_per_epoch` is not a positive integer, or a level is not finite.
 
     Example:
         >>> [linear(1.0, 0.0, 4)(step) for step in range(6)]
         [1.0, 0.75, 0.5, 0.25, 0.0, 0.0]
     """
-    return Ramp(start, end, steps * steps_per_epoch)
+    return Ramp(start, end, _total(steps, steps_per_epoch))
 
 
 def cosine(start: float, end: float, steps: int, *, steps_per_epoch: int = 1) -> Ramp:
@@ -101,7 +104,7 @@ def cosine(start: float, end: float, steps: int, *, steps_per_epoch: int = 1) ->
         >>> [round(cosine(1.0, 0.0, 4)(step), 3) for step in range(6)]
         [1.0, 0.854, 0.5, 0.146, 0.0, 0.0]
     """
-    return Ramp(start, end, steps * steps_per_epoch, "cosine")
+    return Ramp(start, end, _total(steps, steps_per_epoch), "cosine")
 
 
 def exponential(start: float, end: float, steps: int, *, rate: float = 5.0, steps_per_epoch: int = 1) -> Ramp:
@@ -118,7 +121,7 @@ def exponential(start: float, end: float, steps: int, *, rate: float = 5.0, step
         >>> [round(exponential(1.0, 0.0, 4)(step), 3) for step in range(6)]
         [1.0, 0.282, 0.076, 0.017, 0.0, 0.0]
     """
-    return Ramp(start, end, steps * steps_per_epoch, "exponential", rate)
+    return Ramp(start, end, _total(steps, steps_per_epoch), "exponential", rate)
 
 
 def triangle(steps: int, *, peak: float = 1.0, steps_per_epoch: int = 1) -> Joined:
@@ -131,7 +134,7 @@ def triangle(steps: int, *, peak: float = 1.0, steps_per_epoch: int = 1) -> Join
     Reference: Pertigkiozoglou et al. (2024), "Improving Equivariant Model Training via Constraint Relaxation". The
         published code stopped one step short of 0; this one ends there.
     """
-    total = steps * steps_per_epoch
+    total = _total(steps, steps_per_epoch)
     half = total // 2
     return join([linear(0.0, peak, half), linear(peak, 0.0, total - half)], [half])
 
@@ -156,8 +159,10 @@ def join(schedules: Sequence[Schedule], boundaries: Sequence[int]) -> Joined:
             f"join got {len(schedules)} schedules and {len(boundaries)} boundaries: expected one boundary fewer than "
             "schedules"
         )
-    if any(later < earlier for earlier, later in zip([0, *boundaries], boundaries, strict=False)):
-        raise ScheduleError(f"boundaries={list(boundaries)}: expected steps >= 0 in increasing order")
+    for boundary in boundaries:
+        _require_count("boundary", boundary, 0)
+    if list(boundaries) != sorted(boundaries):
+        raise ScheduleError(f"boundaries={list(boundaries)}: expected steps in increasing order")
     return Joined(tuple(as_schedule(schedule) for schedule in schedules), tuple(boundaries))
 
 
@@ -189,6 +194,17 @@ def value_at(schedule: Schedule, step: int) -> float:
     return float(value)
 
 
+def _total(steps: int, steps_per_epoch: int) -> int:
+    _require_count("steps", steps, 0)
+    _require_count("steps_per_epoch", steps_per_epoch, 1)
+    return steps * steps_per_epoch
+
+
+def _require_count(name: str, value: int, least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ScheduleError(f"{name}={value!r}: expected an integer >= {least}, a number of optimizer steps")
+
+
 def _require_finite(name: str, value: float) -> None:
-    if not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         raise ScheduleError(f"{name}={value!r}: expected a finite number")
