@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, islice
 from typing import Any, Literal
 
 import torch
@@ -35,7 +35,8 @@ class LayerReport:
         allowed: the largest value that passed, level + atol.
         measure: name of the measure.
         folded: Frobenius norm of the equivariant part written into the layer's own weights.
-        removed: Frobenius norm of what was dropped.
+        unfolded: Frobenius norm of the equivariant part that they cannot hold, which was dropped.
+        removed: Frobenius norm of what was dropped: all of the term, or with `fold` its non-equivariant part.
         output_change: relative change of the layer's output on the first batch; None without batches.
         kept: whether the term is still there (`on_violation="keep"`).
     """
@@ -45,6 +46,7 @@ class LayerReport:
     allowed: float
     measure: str
     folded: float
+    unfolded: float
     removed: float
     output_change: float | None
     kept: bool
@@ -71,7 +73,7 @@ class Report:
     notes: tuple[str, ...]
 
     def __str__(self) -> str:
-        header = ("layer", "measure", "value", "allowed", "folded", "removed", "output change", "")
+        header = ("layer", "measure", "value", "allowed", "folded", "unfolded", "removed", "output change", "")
         rows = [
             (
                 layer.name or "(model)",
@@ -79,6 +81,7 @@ class Report:
                 f"{layer.value:.3g}",
                 f"{layer.allowed:.3g}",
                 f"{layer.folded:.3g}",
+                f"{layer.unfolded:.3g}",
                 f"{layer.removed:.3g}",
                 _optional(layer.output_change),
                 "kept" if layer.kept else "",
@@ -118,7 +121,8 @@ def finalize(
         batches: for the measured changes, and for gathering the statistics of normalisation layers anew.
         forward: `forward(model, batch)` runs the model on one of `batches`; `model(batch)` by default.
         symmetry: of the model; the report then holds its equivariance error before and after, on the first batch.
-        fold: write the equivariant part of free terms into the layers' own weights before the rest is dropped.
+        fold: write the equivariant part of free terms into the layers' own weights before the rest is dropped; a tensor
+            product can hold it only where its second input has a scalar that is constant, which is read from `batches`.
         atol: how far above its level a term may be, in the measure's unit.
         on_violation: `raise` (default) changes nothing and raises; `drop` removes the terms all the same; `keep` leaves
             the terms above their level in place, so that the report names where the data broke the symmetry.
@@ -135,10 +139,12 @@ def finalize(
     found = relaxations(model)
     if not found:
         raise RelaxationError("the model has no relaxed layer: expected a model after ce.relax(model)")
-    checks = {id(term): check for term, check in _checks(found, optimizer, atol, fold)}
-    above = [r for r in found if not checks[id(r.term)].value <= checks[id(r.term)].allowed]
+    checks: dict[int, _Check] = {}
+    for term, check in _checks(found, optimizer, atol, fold):  # of several constraints on a term, the one least met
+        checks[id(term)] = max(checks.get(id(term), check), check, key=lambda c: c.excess)
+    above = [r for r in found if checks[id(r.term)].excess > 0]
     if above and on_violation == "raise":
-        worst = sorted(above, key=lambda r: checks[id(r.term)].allowed - checks[id(r.term)].value)[:5]
+        worst = sorted(above, key=lambda r: -checks[id(r.term)].excess)[:5]
         lines = [f"  {r.name}: {checks[id(r.term)].value:.3g} > {checks[id(r.term)].allowed:.3g}" for r in worst]
         raise ViolationError(
             f"{len(above)} of {len(found)} terms are above their level; nothing was removed:\n"
@@ -151,7 +157,9 @@ def finalize(
 
     run = forward or (lambda m, batch: m(batch))
     stream = None if batches is None else iter(batches)
-    first = [] if stream is None else [next(stream)]
+    first = [] if stream is None else list(islice(stream, 1))
+    if stream is not None and not first:
+        raise ConstrainedEquivError("batches= is empty: expected at least one batch, or batches=None")
     notes: list[str] = []
     probe = _Probe(model, [r.layer for r in found]) if first else None
     if probe is not None:
@@ -159,7 +167,7 @@ def finalize(
             probe.run(run, first[0])
     error_before = _model_error(model, symmetry, probe, notes)
 
-    folded = {id(r.term): _fold(r, notes) if fold else 0.0 for r in leaving}
+    folded = {id(r.term): _fold(r, probe, notes) if fold else (0.0, 0.0) for r in leaving}
     removed = {id(r.term): _dropped_norm(r, fold) for r in leaving}
     remove([r.layer for r in leaving], optimizer)
     if isinstance(optimizer, ConstrainedOptimizer) and not kept:
@@ -185,7 +193,7 @@ def finalize(
             checks[id(r.term)].value,
             checks[id(r.term)].allowed,
             checks[id(r.term)].measure,
-            folded.get(id(r.term), 0.0),
+            *folded.get(id(r.term), (0.0, 0.0)),
             removed.get(id(r.term), 0.0),
             changes.get(id(r.layer)),
             r in kept,
@@ -207,6 +215,12 @@ class _Check:
     value: float
     allowed: float
     measure: str
+
+    @property
+    def excess(self) -> float:
+        """How far the value is above what is allowed; a value that is not a number is infinitely far."""
+        gap = self.value - self.allowed
+        return math.inf if math.isnan(gap) else gap
 
 
 def _checks(
@@ -231,21 +245,24 @@ def _checks(
 
 
 @torch.no_grad()
-def _fold(relaxation: Relaxation, notes: list[str]) -> float:
-    """Write P(scale * gate * W) into the layer's own weights; return the norm written."""
-    term, how = relaxation.term, relaxation.adapter
+def _fold(relaxation: Relaxation, probe: "_Probe | None", notes: list[str]) -> tuple[float, float]:
+    """Write P(scale * gate * W) into the layer's own weights; return the norms written and not written."""
+    term, how, layer = relaxation.term, relaxation.adapter, relaxation.layer
     if term.complement:
-        return 0.0
+        return 0.0, 0.0
     total = term.matrix().detach()
     equivariant = total - term.projection.complement_(total.clone())
-    written = torch.zeros_like(total) if how.fold is None else how.fold(relaxation.layer, equivariant)
+    arguments = None if probe is None or id(layer) not in probe.calls else probe.calls[id(layer)][0]
+    written = torch.zeros_like(total) if how.fold is None else how.fold(layer, equivariant, arguments)
     lost = float(torch.linalg.vector_norm(equivariant - written))
-    if lost > 1e-6 * max(float(torch.linalg.vector_norm(equivariant)), 1e-30):
+    if lost <= 1e-6 * max(float(torch.linalg.vector_norm(equivariant)), 1e-30):
+        lost = 0.0  # rounding
+    else:
         notes.append(
             f"layer {relaxation.name!r} ({how.name}): an equivariant part of norm {lost:.3g} does not fit into its own "
             "weights; relax with complement=True for an exact finish"
         )
-    return float(torch.linalg.vector_norm(written))
+    return float(torch.linalg.vector_norm(written)), lost
 
 
 @torch.no_grad()
@@ -261,19 +278,20 @@ class _Probe:
 
     def __init__(self, model: nn.Module, layers: list[nn.Module]) -> None:
         self.model, self.layers = model, layers
-        self.calls: dict[int, tuple[tuple[Any, ...], dict[str, Any], Any]] = {}
-        self.output: Any = None
+        self.calls: dict[int, tuple[tuple[Any, ...], dict[str, Any], list[Tensor]]] = {}
+        self.output: list[Tensor] = []
 
     def run(self, run: Callable[[nn.Module, Any], Any], batch: Any) -> None:
         def keep(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            self.calls.setdefault(id(module), (args, kwargs, output))
+            if id(module) not in self.calls:
+                self.calls[id(module)] = args, kwargs, _tensors_of(output)
 
         handles = [
             m.register_forward_hook(keep, with_kwargs=True)
             for m in {id(m): m for m in (self.model, *self.layers)}.values()
         ]
         try:
-            self.output = run(self.model, batch)
+            self.output = _tensors_of(run(self.model, batch))
         finally:
             for handle in handles:
                 handle.remove()
@@ -283,8 +301,8 @@ class _Probe:
         for layer in self.layers:
             if id(layer) in self.calls:
                 args, kwargs, before = self.calls[id(layer)]
-                per_layer[id(layer)] = _relative_change(before, layer(*args, **kwargs))
-        return per_layer, _relative_change(self.output, run(self.model, batch))
+                per_layer[id(layer)] = _relative_change(before, _tensors_of(layer(*args, **kwargs)))
+        return per_layer, _relative_change(self.output, _tensors_of(run(self.model, batch)))
 
 
 def _model_error(model: nn.Module, symmetry: Symmetry | None, probe: _Probe | None, notes: list[str]) -> float | None:
@@ -304,34 +322,51 @@ def _model_error(model: nn.Module, symmetry: Symmetry | None, probe: _Probe | No
         return equivariance_error(model, args if len(args) > 1 else args[0], symmetry=symmetry)
 
 
-def _relative_change(before: Any, after: Any) -> float:
-    old, new = _tensors_of(before), _tensors_of(after)
-    size = math.hypot(*(float(torch.linalg.vector_norm(t.double())) for t in old))
-    gap = math.hypot(*(float(torch.linalg.vector_norm(a.double() - b.double())) for a, b in zip(old, new, strict=True)))
+def _relative_change(before: list[Tensor], after: list[Tensor]) -> float:
+    size = math.hypot(*(float(torch.linalg.vector_norm(t)) for t in before))
+    gap = math.hypot(*(float(torch.linalg.vector_norm(a - b)) for a, b in zip(before, after, strict=True)))
     return gap / size if size else gap
 
 
 def _tensors_of(value: Any) -> list[Tensor]:
+    """Copy the tensors of a layer's output in float64: the next layer may overwrite it in place."""
     leaves = tree_flatten(value)[0]
     tensors = [leaf.tensor if hasattr(leaf, "tensor") and hasattr(leaf, "type") else leaf for leaf in leaves]
-    return [t.detach() for t in tensors if isinstance(t, Tensor) and t.is_floating_point()]
+    return [t.detach().to(torch.float64, copy=True) for t in tensors if isinstance(t, Tensor) and t.is_floating_point()]
 
 
 @contextmanager
 def _evaluation(model: nn.Module) -> Iterator[None]:
     """Evaluation mode with the terms on, whatever `evaluate_with_terms` says, and modes restored afterwards."""
+    found = [(r, r.term.evaluate_with_terms) for r in relaxations(model)]
+    try:
+        with _modes_restored(model):
+            model.eval()
+            for r, _ in found:
+                r.term.evaluate_with_terms = True
+                _refresh(r)
+            yield
+    finally:
+        for r, value in found:
+            r.term.evaluate_with_terms = value
+            _refresh(r)
+
+
+def _refresh(relaxation: Relaxation) -> None:
+    if relaxation.adapter.refresh is not None:
+        relaxation.adapter.refresh(relaxation.layer)
+
+
+@contextmanager
+def _modes_restored(model: nn.Module) -> Iterator[None]:
+    """Give every module its own training mode back, through `train`, with which layers drop filters they cached."""
     modes = [(module, module.training) for module in model.modules()]
-    terms = [(r.term, r.term.evaluate_with_terms) for r in relaxations(model)]
-    model.eval()
-    for term, _ in terms:
-        term.evaluate_with_terms = True
     try:
         yield
     finally:
-        for module, mode in modes:
-            module.training = mode
-        for term, value in terms:
-            term.evaluate_with_terms = value
+        for module, mode in modes:  # parents come before their children
+            if module.training != mode:
+                module.train(mode)
 
 
 def _statistics_layers(model: nn.Module) -> list[nn.Module]:
@@ -347,20 +382,18 @@ def _recalibrate(
 ) -> None:
     """Replace running statistics by the mean over batches: momentum 1 / k at the k-th batch."""
     momenta = [layer.momentum for layer in layers]
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    for layer in layers:
-        layer.train()
     try:
-        for count, batch in enumerate(batches, start=1):
+        with _modes_restored(model):
+            model.eval()
             for layer in layers:
-                layer.momentum = 1.0 / count  # type: ignore[assignment]
-            run(model, batch)
+                layer.train()
+            for count, batch in enumerate(batches, start=1):
+                for layer in layers:
+                    layer.momentum = 1.0 / count  # type: ignore[assignment]
+                run(model, batch)
     finally:
         for layer, momentum in zip(layers, momenta, strict=True):
             layer.momentum = momentum
-        for module, mode in modes:
-            module.training = mode
 
 
 def _optional(value: float | None) -> str:

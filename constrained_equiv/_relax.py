@@ -6,6 +6,7 @@ Law: `isinstance`, base `state_dict` keys, parameters and inactive outputs stay 
 """
 
 import copy
+import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -105,7 +106,12 @@ def relax(
         raise RelaxationError(
             "relax got adapter= without where=: expected where=lambda name, layer: ... to choose its layers"
         )
-    chosen: list[tuple[nn.Module, Adapter, Site]] = []
+    if any(isinstance(m, nn.parallel.DistributedDataParallel) for m in model.modules()):
+        raise RelaxationError(
+            "the model is wrapped in DistributedDataParallel, which would not synchronise the terms: expected the bare "
+            "module; call ce.relax(model) first and wrap the result"
+        )
+    chosen: list[tuple[nn.Module, Any, NonEquivariantTerm]] = []
     matched = 0
     for name, layer in _candidates(model):
         if where is not None and not where(name, layer):
@@ -121,11 +127,8 @@ def relax(
         _check_attachable(name, layer)
         site = how.site(layer)
         matched += 1
-        if not complement or site.projection.rank < site.like.new_empty(site.shape, device="meta").numel():
-            chosen.append((layer, how, site))
-    if not chosen:
-        raise RelaxationError(_nothing_matched(model, matched))
-    for layer, how, site in chosen:
+        if complement and site.projection.rank == math.prod(site.shape):
+            continue
         term = NonEquivariantTerm(
             site.projection,
             site.shape,
@@ -137,11 +140,15 @@ def relax(
             plan=site.plan,
         )
         term.initialise(init, generator)
-        term.requires_grad_(any(p.requires_grad for p in layer.parameters()))
+        term.requires_grad_(_trainable(layer))
         term.train(layer.training)
-        layer.add_module(CHILD, term)
         base: Any = type(layer)
-        layer.__class__ = _relaxed_class(base, how)
+        chosen.append((layer, _relaxed_class(base, how), term))
+    if not chosen:
+        raise RelaxationError(_nothing_matched(model, matched))
+    for layer, relaxed, term in chosen:  # nothing was changed so far, and nothing fails from here on
+        layer.add_module(CHILD, term)
+        layer.__class__ = relaxed
         _refresh(layer)
     return model
 
@@ -251,6 +258,8 @@ def _relaxed_class(base: Any, how: Adapter) -> Any:
         )
 
     def deepcopy(self: nn.Module, memo: dict[int, Any]) -> nn.Module:
+        if hasattr(base, "__deepcopy__"):
+            return cast(nn.Module, base.__deepcopy__(self, memo))
         make, arguments, state = base.__reduce_ex__(self, 4)[:3]
         replica = make(*arguments)
         memo[id(self)] = replica
@@ -273,12 +282,23 @@ def _check_attachable(name: str, layer: nn.Module) -> None:
         raise RelaxationError(
             f"layer {name!r} is relaxed already: call ce.finalize(model) first, or leave it out in where="
         )
+    if hasattr(layer, CHILD):
+        raise RelaxationError(
+            f"layer {name!r} has an attribute {CHILD!r} of its own: expected none, for the term takes that name; "
+            "rename it, or leave the layer out in where="
+        )
     if isinstance(layer, torch.jit.ScriptModule):
         raise RelaxationError(
             f"layer {name!r} is a TorchScript module: expected a Python module; relax the model before scripting it"
         )
     if any(isinstance(p, UninitializedParameter) for p in layer.parameters()):
         raise RelaxationError(f"layer {name!r} is lazily built: run one batch through the model before ce.relax(model)")
+
+
+def _trainable(layer: nn.Module) -> bool:
+    """Whether the term of a layer learns: not where the layer's own weights are frozen."""
+    own = [p.requires_grad for p in layer.parameters()]
+    return any(own) or not own
 
 
 def _nothing_matched(model: nn.Module, matched: int) -> str:
@@ -296,8 +316,9 @@ def _nothing_matched(model: nn.Module, matched: int) -> str:
 
 def _enable(layers: list[nn.Module], states: list[bool]) -> None:
     for layer, state in zip(layers, states, strict=True):
-        term_of(layer).enabled = state
-        _refresh(layer)
+        if is_relaxed(layer):  # not finalized meanwhile
+            term_of(layer).enabled = state
+            _refresh(layer)
 
 
 def _refresh(layer: nn.Module) -> None:

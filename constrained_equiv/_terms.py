@@ -126,17 +126,18 @@ class NonEquivariantTerm(nn.Module):
         return {"shape": list(self.weight.shape), "complement": self.complement, "gated": self.gate is not None}
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
-        """Refuse a checkpoint of a differently relaxed layer."""
-        if state != self.get_extra_state():
-            raise CheckpointError(
-                f"the checkpoint's term was relaxed as {state}: expected {self.get_extra_state()}; call ce.relax with "
-                "the same complement= and gate= before loading"
-            )
+        """Do nothing: the description was compared before anything was loaded."""
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        """Load a plain checkpoint, one without terms, as W = 0."""
-        if any(key.startswith(prefix) for key in state_dict):
-            super()._load_from_state_dict(state_dict, prefix, *args)
-        else:
+        """Load a plain checkpoint, one without terms, as W = 0, and refuse one of a differently relaxed layer."""
+        if not any(key.startswith(prefix) for key in state_dict):
             with torch.no_grad():
                 self.weight.zero_()
+            return
+        saved, own = state_dict.get(f"{prefix}_extra_state", {}), self.get_extra_state()
+        if saved != own:
+            raise CheckpointError(
+                f"{prefix[:-1]} of the checkpoint was relaxed as {saved}: expected {own}; nothing of it was loaded. "
+                "Call ce.relax with the same layers, complement= and gate= before loading"
+            )
+        super()._load_from_state_dict(state_dict, prefix, *args)

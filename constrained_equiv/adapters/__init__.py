@@ -1,7 +1,8 @@
 """Adapters: which layers can be relaxed, and how the term enters their forward pass.
 
-What enters: a module. What leaves: the `Adapter` that describes it. A framework's adapters are found through
-`sys.modules`, so that nothing is imported which the user's model did not import first.
+What enters: a module. What leaves: the `Adapter` that describes it.
+Law: nothing is imported which the user's model did not import first; a framework's adapters are found through
+`sys.modules`.
 """
 
 import sys
@@ -13,11 +14,15 @@ from torch import nn
 
 from constrained_equiv.adapters._base import Adapter, Methods, Site
 from constrained_equiv.adapters._linear import linear
+from constrained_equiv.adapters._vector_neurons import vector_neurons
 
-__all__ = ["Adapter", "Methods", "Site", "find", "linear"]
+__all__ = ["Adapter", "Methods", "Site", "find", "linear", "vector_neurons"]
 
 # framework module -> room that describes its layers
-_FRAMEWORKS = {"e3nn.o3": "constrained_equiv.adapters._e3nn"}
+_FRAMEWORKS = {
+    "e3nn.o3": "constrained_equiv.adapters._e3nn",
+    "escnn.nn": "constrained_equiv.adapters._escnn",
+}
 
 
 def find(layer: nn.Module) -> Adapter | None:

@@ -49,8 +49,9 @@ class Adapter:
         methods: given the layer's class, the methods that its relaxed subclass overrides. They find the term as
             `self.non_equivariant`, call the base class alone while `self.non_equivariant.active` is False, and
             otherwise add `self.non_equivariant.matrix()` where it is cheapest.
-        fold: writes an equivariant map of the term's shape into the layer's own weights as far as they can hold it, and
-            returns what it wrote; None where nothing can be folded.
+        fold: `fold(layer, equivariant, inputs)` writes an equivariant map of the term's shape into the layer's own
+            weights as far as they can hold it, and returns what it wrote; `inputs` are the layer's arguments on one
+            batch, None where there was none. None where nothing can be folded.
         refresh: called after a term changed or left, to drop cached filters; None where there are none.
     """
 
@@ -58,5 +59,5 @@ class Adapter:
     matches: Callable[[nn.Module], bool]
     site: Callable[[nn.Module], Site]
     methods: Callable[[type[nn.Module]], Methods]
-    fold: Callable[[Any, Tensor], Tensor] | None = None
+    fold: Callable[[Any, Tensor, tuple[Any, ...] | None], Tensor] | None = None
     refresh: Callable[[Any], None] | None = None

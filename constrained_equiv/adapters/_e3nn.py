@@ -7,6 +7,7 @@ input only.
 """
 
 import math
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -19,6 +20,7 @@ from constrained_equiv.intertwiners import intertwiners
 _UNWEIGHTED = ("FullTensorProduct", "ElementwiseTensorProduct", "TensorSquare")
 
 
+@cache  # the relaxed class of a layer is made once per adapter
 def adapters(e3nn_o3: Any) -> tuple[Adapter, ...]:
     """Return the adapters, given the imported module `e3nn.o3`."""
     skipped = tuple(getattr(e3nn_o3, name) for name in _UNWEIGHTED if hasattr(e3nn_o3, name))
@@ -31,7 +33,7 @@ def adapters(e3nn_o3: Any) -> tuple[Adapter, ...]:
 
     return (
         Adapter("e3nn linear", is_linear, _linear_site, _linear_methods, _fold_linear),
-        Adapter("e3nn tensor product", is_product, _product_site, _product_methods),
+        Adapter("e3nn tensor product", is_product, _product_site, _product_methods, _fold_product),
     )
 
 
@@ -146,7 +148,7 @@ def _dense_bias(layer: Any, plan: _Plan) -> Tensor | None:
     return dense
 
 
-def _fold_linear(layer: Any, equivariant: Tensor) -> Tensor:
+def _fold_linear(layer: Any, equivariant: Tensor, inputs: object = None) -> Tensor:
     """Write the block multiples of the identity into the path weights; repeated paths share them with minimal norm."""
     written = torch.zeros_like(equivariant)
     if not layer.internal_weights:
@@ -162,3 +164,44 @@ def _fold_linear(layer: Any, equivariant: Tensor) -> Tensor:
         path.view(layer.weight).add_(change.T, alpha=share)
         _copies(written, path).add_(change.unsqueeze(-1), alpha=share * path.factor)
     return written
+
+
+def _fold_product(layer: Any, equivariant: Tensor, inputs: tuple[Any, ...] | None) -> Tensor:
+    """Write multiples of the identity into the `uvw` paths through scalars of the second input that are constant.
+
+    With such scalars y_v, a path maps copy u to copy w by sum_v path_weight y_v weight[u, v, w] / sqrt(d).
+    """
+    written = torch.zeros_like(equivariant)
+    if not layer.internal_weights or inputs is None or len(inputs) < 2:
+        return written
+    constants = _constant_scalars(layer.irreps_in2, inputs[1])
+    rows, columns = layer.irreps_out.slices(), layer.irreps_in1.slices()
+    found = []
+    strength: dict[tuple[int, int], float] = {}
+    for _, path, weight in layer.weight_views(yield_instruction=True):
+        block, dim = (path.i_out, path.i_in1), layer.irreps_out[path.i_out].ir.dim
+        if path.connection_mode == "uvw" and path.i_in2 in constants:
+            response = constants[path.i_in2].to(weight) * (float(path.path_weight) * dim**-0.5)
+            multiplicities = layer.irreps_in1[path.i_in1].mul, layer.irreps_out[path.i_out].mul
+            place = _Path(rows[path.i_out], columns[path.i_in1], dim, 1.0, slice(0), multiplicities)
+            found.append((block, place, weight, response))
+            strength[block] = strength.get(block, 0.0) + float(response.square().sum())
+    for block, place, weight, response in found:
+        share = response / strength[block]
+        change = _copies(equivariant, place).mean(-1)
+        weight.add_(change.T.unsqueeze(1) * share.view(1, -1, 1))
+        _copies(written, place).add_(change.unsqueeze(-1) * (share @ response))
+    return written
+
+
+def _constant_scalars(irreps: Any, features: Tensor) -> dict[int, Tensor]:
+    """Find the even scalars that have one value on a whole batch; the others of their block count as zero."""
+    constants = {}
+    for i, ((mul, ir), where) in enumerate(zip(irreps, irreps.slices(), strict=True)):
+        values = features[..., where].detach().reshape(-1, mul * ir.dim)
+        if ir.dim == 1 and ir.p == 1 and values.numel():
+            lowest, highest = values.aminmax(dim=0)
+            constant = highest - lowest <= 16 * torch.finfo(values.dtype).eps * highest.abs()
+            if bool((constant & (highest != 0)).any()):
+                constants[i] = torch.where(constant, highest, 0.0)
+    return constants

@@ -5,13 +5,14 @@ Law: the term acts on the named axes flattened in the order given, at the layer'
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from constrained_equiv.adapters._base import Adapter, Methods, Site
-from constrained_equiv.errors import RelaxationError
+from constrained_equiv.errors import RelaxationError, RepresentationError
 from constrained_equiv.groups import Group
 from constrained_equiv.intertwiners import Intertwiners, intertwiners
 
@@ -49,36 +50,57 @@ def linear(inputs: object, outputs: object, *, axes: Sequence[int] = (-1,), grou
     return Adapter(
         name="linear",
         matches=lambda layer: True,
-        site=lambda layer: _site(layer, space),
-        methods=lambda base: _methods(base, axes),
+        site=lambda layer: _site(layer, space, axes),
+        methods=_methods,
         fold=_fold,
     )
 
 
-def _site(layer: nn.Module, space: Intertwiners) -> Site:
+def _site(layer: nn.Module, space: Intertwiners, axes: tuple[int, ...]) -> Site:
     like = next((p for p in layer.parameters() if p.is_floating_point()), None)
     if like is None:
         raise RelaxationError(
             f"{type(layer).__name__} has no parameters: expected a layer with weights, whose dtype and device the term "
             "takes"
         )
-    return Site(space, space.shape, float(space.shape[0]), str(space.inputs), str(space.outputs), like)
+    dense = (
+        axes == (-1,)
+        and type(layer).forward is nn.Linear.forward
+        and layer.weight.shape == space.shape
+        and not parametrize.is_parametrized(layer, "weight")
+    )
+    return Site(
+        space, space.shape, float(max(space.shape[0], 1)), str(space.inputs), str(space.outputs), like, _Plan(axes, dense)
+    )
 
 
-def _methods(base: type[nn.Module], axes: tuple[int, ...]) -> Methods:
-    plain_linear = base.forward is nn.Linear.forward and axes == (-1,)
+class _Plan(NamedTuple):
+    axes: tuple[int, ...]
+    dense: bool  # the layer's own weight is the matrix that the term adds to
 
+
+def _methods(base: type[nn.Module]) -> Methods:
     def forward(self: Any, features: Tensor, *args: Any, **kwargs: Any) -> Any:
         term = self.non_equivariant
         if not term.active:
             return base.forward(self, features, *args, **kwargs)
-        if plain_linear and self.weight.shape == term.weight.shape:
+        if term.plan.dense:
             result = nn.functional.linear(features, self.weight + term.matrix(), self.bias)
             term.observe(features, result)
             return result
         result = base.forward(self, features, *args, **kwargs)
+        axes = term.plan.axes
         last = tuple(range(-len(axes), 0))
         moved, target = features.movedim(axes, last), result.movedim(axes, last)
+        for found, shape, size, carried in (
+            ("features", features.shape, moved.shape[-len(axes) :].numel(), term.projection.inputs),
+            ("a result", result.shape, target.shape[-len(axes) :].numel(), term.projection.outputs),
+        ):
+            if size != carried.dim:
+                raise RepresentationError(
+                    f"{type(self).__name__}: {found} of shape {tuple(shape)} with {size} entries on axes {axes}: expected "
+                    f"{carried.dim} for {carried}; state other representations or axes= in ce.adapters.linear"
+                )
         rows = moved.flatten(-len(axes))
         extra = nn.functional.linear(rows, term.matrix()).view(target.shape)
         result = result + extra.movedim(last, axes)
@@ -88,8 +110,8 @@ def _methods(base: type[nn.Module], axes: tuple[int, ...]) -> Methods:
     return {"forward": forward}
 
 
-def _fold(layer: Any, equivariant: Tensor) -> Tensor:
-    if not isinstance(layer, nn.Linear) or layer.weight.shape != equivariant.shape:
+def _fold(layer: Any, equivariant: Tensor, inputs: object = None) -> Tensor:
+    if not layer.non_equivariant.plan.dense:
         return torch.zeros_like(equivariant)
     layer.weight.add_(equivariant)
     return equivariant

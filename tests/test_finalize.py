@@ -1,0 +1,555 @@
+"""The finish line: what is checked, removed, folded, recalibrated, measured and reported."""
+
+import copy
+import math
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+import constrained_equiv as ce
+from constrained_equiv import groups
+from constrained_equiv._terms import CHILD
+from constrained_equiv.representations import permutation
+from tests.cases import CASES, case_named, loss, tensors
+
+table = pytest.mark.parametrize("case", CASES)
+
+
+def spread(model, batch):
+    return model(*batch)
+
+
+def outputs(model, data):
+    with torch.no_grad():
+        return [part.clone() for part in tensors(model(*data))]
+
+
+def assert_equal_outputs(first, second, data):
+    for a, b in zip(outputs(first, data), outputs(second, data), strict=True):
+        assert torch.equal(a, b)
+
+
+def distance(first, second):
+    """Relative Euclidean distance of two lists of tensors, as the report states it."""
+    gap = math.hypot(*((a - b).double().norm().item() for a, b in zip(first, second, strict=True)))
+    return gap / math.hypot(*(a.double().norm().item() for a in first))
+
+
+def set_network(*, norm=False):
+    """An equivariant network on sets (batch, 4, 3) with two relaxed layers, named 0 and 2."""
+    torch.manual_seed(0)
+    middle = PointNorm(3) if norm else nn.Tanh()
+    return nn.Sequential(nn.Linear(3, 3), middle, nn.Linear(3, 3)).double()
+
+
+class PointNorm(nn.BatchNorm1d):
+    def forward(self, features):
+        return super().forward(features.mT).mT
+
+
+POINTS = permutation(4, channels=3)
+SETS = ce.Symmetry(groups.symmetric(4), ce.actions.permute(-2), ce.actions.permute(-2))
+
+
+def relax_sets(model, **options):
+    options = {"init": 0.5, "generator": torch.Generator().manual_seed(1)} | options
+    return ce.relax(
+        model,
+        where=lambda name, layer: isinstance(layer, nn.Linear),
+        adapter=ce.adapters.linear(POINTS, POINTS, axes=(-2, -1)),
+        **options,
+    )
+
+
+def batches(count=3, size=8):
+    generator = torch.Generator().manual_seed(2)
+    return [torch.randn(size, 4, 3, dtype=torch.float64, generator=generator) for _ in range(count)]
+
+
+def train(model, optimizer, data, steps):
+    for _ in range(steps):
+        optimizer.zero_grad()
+        loss(model(*data)).backward()
+        optimizer.step()
+
+
+# --- the way back -----------------------------------------------------------------------------------------------------
+
+
+@table
+@pytest.mark.parametrize("options", [{}, {"complement": False, "gate": True}], ids=["complement", "free, gated"])
+def test_finalize_undoes_relax(case, options):
+    plain, data = case.model(), case.data()
+    model = case.model()
+    parameters, buffers = dict(model.named_parameters()), dict(model.named_buffers())
+    classes = {name: type(m) for name, m in model.named_modules()}
+    ce.finalize(case.relax(model, **options), on_violation="drop")
+    assert {name: type(m) for name, m in model.named_modules()} == classes
+    for name, module in plain.named_modules():
+        assert vars(module).keys() == vars(model.get_submodule(name)).keys()
+        assert module.training == model.get_submodule(name).training
+    assert all(dict(model.named_parameters())[name] is p for name, p in parameters.items())
+    assert all(dict(model.named_buffers())[name] is b for name, b in buffers.items())
+    assert list(model.state_dict()) == list(plain.state_dict())
+    for key, value in plain.state_dict().items():
+        assert value.dtype == model.state_dict()[key].dtype and torch.equal(value, model.state_dict()[key])
+    assert_equal_outputs(plain, model, data)
+
+
+@table
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
+def test_relax_constrain_step_finalize_verify(case, dtype):
+    """The whole way, after which the model loads strictly into the untouched one and is equivariant to rounding."""
+    if dtype == torch.float64 and case.dtype == torch.float32:
+        pytest.skip("a case of float32 alone")
+    data, model = case.data(dtype=dtype), case.relaxed(dtype, init=0.1)
+    constraint = ce.constraints.weight(model, level=ce.schedules.linear(0.1, 0.0, 3))
+    base = torch.optim.Adam(ce.parameter_groups(model, lr=1e-2))
+    optimizer = ce.ConstrainedOptimizer(base, constraint)
+    untouched, start = case.model(dtype), [p.clone() for p in case.model(dtype).parameters()]
+    train(model, optimizer, data, 5)
+    model.eval()
+    with ce.disabled(model):
+        without = outputs(model, data)
+    report = ce.finalize(model, optimizer=optimizer, batches=None)
+    assert all(torch.equal(a, b) for a, b in zip(without, outputs(model, data), strict=True))
+    assert all(layer.value == 0 == layer.removed for layer in report.layers)
+    assert not any(torch.equal(a, b) for a, b in zip(start, model.parameters(), strict=True) if a.numel())
+    untouched.load_state_dict(model.state_dict(), strict=True)
+    assert_equal_outputs(untouched.eval(), model, data)
+    assert case.error(model, data) < (case.tolerance if dtype == case.dtype else 1e-6)
+
+
+@table
+def test_disabled_equals_finalized(case):
+    data, model = case.data(), case.relaxed()
+    model.eval()
+    with ce.disabled(model):
+        expected = outputs(model, data)
+    assert distance(expected, outputs(model, data)) > 1e-2
+    ce.finalize(model, on_violation="drop")
+    assert all(torch.equal(a, b) for a, b in zip(expected, outputs(model, data), strict=True))
+    assert case.error(model, data) < case.tolerance
+
+
+@table
+def test_a_finalized_model_is_an_ordinary_one_again(case):
+    model, data = case.relaxed(), case.data()
+    ce.finalize(model, on_violation="drop")
+    model.eval()
+    assert_equal_outputs(model, copy.deepcopy(model), data)
+    again = case.relax(model)
+    assert ce.relaxations(again)
+
+
+def test_a_finalized_model_can_be_pickled():
+    case = case_named("e3nn gate network")
+    model = case.relaxed()
+    ce.finalize(model, on_violation="drop")
+    assert_equal_outputs(model, pickle.loads(pickle.dumps(model)), case.data())
+
+
+# --- the optimizer ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("constrained", [False, True])
+@pytest.mark.parametrize("make", [torch.optim.Adam, torch.optim.AdamW])
+def test_terms_leave_the_optimizer(constrained, make):
+    model, (x, *_) = relax_sets(set_network(), gate=True), batches()
+    base = make(ce.parameter_groups(model, lr=1e-2))
+    optimizer = base
+    if constrained:
+        optimizer = ce.ConstrainedOptimizer(base, ce.constraints.weight(model, level=0.5))
+    train(model, optimizer, (x,), 2)
+    own = {name: p for name, p in model.named_parameters() if CHILD not in name}
+    state = {name: copy.deepcopy(base.state[p]) for name, p in own.items()}
+    ce.finalize(model, optimizer=optimizer, on_violation="drop")
+    assert [id(p) for group in base.param_groups for p in group["params"]] == [id(p) for p in model.parameters()]
+    assert len(base.param_groups) == 2 and base.param_groups[0]["lr"] == 1e-2  # schedulers count groups
+    assert {id(p) for p in base.state} == {id(p) for p in model.parameters()}
+    for name, parameter in model.named_parameters():
+        assert all(torch.equal(base.state[parameter][key], value) for key, value in state[name].items())
+    before = model[0].weight.clone()
+    train(model, optimizer, (x,), 1)
+    assert not torch.equal(model[0].weight, before)
+    if constrained:
+        assert optimizer.constraints == () and optimizer.readings().names == ()
+
+
+# --- the check --------------------------------------------------------------------------------------------------------
+
+
+def test_terms_above_their_level_stay_unless_told_otherwise():
+    model = relax_sets(set_network())
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ce.errors.ViolationError) as caught:
+        ce.finalize(model)
+    message = str(caught.value)
+    assert "2 of 2 terms" in message and "nothing was removed" in message and "on_violation='drop'" in message
+    value = model[0].non_equivariant.weight.norm().item() / 12**0.5
+    assert f"0: {value:.3g} > 0.001" in message
+    assert len(ce.relaxations(model)) == 2
+    assert all(
+        torch.equal(value, before[key]) for key, value in model.state_dict().items() if isinstance(value, torch.Tensor)
+    )
+
+
+@pytest.mark.parametrize("factor, passes", [(0.999, True), (1.001, False)])
+def test_atol_is_in_the_unit_of_the_measure(factor, passes):
+    model = relax_sets(set_network())
+    with torch.no_grad():
+        for layer in (model[0], model[2]):
+            term = layer.non_equivariant
+            term.weight.mul_(0.2 * factor * math.sqrt(12) / term.weight.norm())
+    if passes:
+        assert all(layer.allowed == 0.2 for layer in ce.finalize(model, atol=0.2).layers)
+    else:
+        with pytest.raises(ce.errors.ViolationError):
+            ce.finalize(model, atol=0.2)
+
+
+def test_terms_are_checked_against_the_constraints_they_were_trained_with():
+    model = relax_sets(set_network())
+    values = [r.term.weight.norm().item() / math.sqrt(12) for r in ce.relaxations(model)]
+    constraints = [
+        ce.constraints.weight(model, level=values[0] + 1e-6, where=lambda name: name == "0"),
+        ce.constraints.lie(model, level=100.0, where=lambda name: name == "2"),
+    ]
+    optimizer = ce.ConstrainedOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), *constraints)
+    report = ce.finalize(model, optimizer=optimizer)
+    first, second = report.layers
+    assert (first.measure, second.measure) == ("weight", "lie")
+    assert first.value == pytest.approx(values[0]) and first.allowed == pytest.approx(values[0] + 1e-6 + 1e-3)
+    assert second.allowed == pytest.approx(100.001) and second.value > 0
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_of_two_constraints_on_a_term_the_violated_one_decides(order):
+    model = relax_sets(set_network())
+    constraints = [ce.constraints.weight(model, level=1e-2), ce.constraints.lie(model, level=100.0)][::order]
+    optimizer = ce.ConstrainedOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), *constraints)
+    with pytest.raises(ce.errors.ViolationError, match=r"> 0\.011"):
+        ce.finalize(model, optimizer=optimizer)
+
+
+def test_equalities_are_checked_on_both_sides():
+    model = relax_sets(set_network(), gate=True)
+    optimizer = ce.ConstrainedOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), ce.constraints.gate(model))
+    with torch.no_grad():
+        for relaxation in ce.relaxations(model):
+            relaxation.term.gate.fill_(-0.5)
+    with pytest.raises(ce.errors.ViolationError, match=r"0\.5 > 0\.001"):
+        ce.finalize(model, optimizer=optimizer)
+
+
+def test_a_term_that_is_not_a_number_is_above_every_level():
+    model = relax_sets(set_network())
+    with torch.no_grad():
+        model[0].non_equivariant.weight.fill_(float("nan"))
+    constraints = ce.constraints.weight(model, level=1e6), ce.constraints.lie(model, level=1e6)
+    optimizer = ce.ConstrainedOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), *constraints)
+    with pytest.raises(ce.errors.ViolationError, match="1 of 2 terms"):
+        ce.finalize(model, optimizer=optimizer)
+
+
+def test_a_scale_that_ended_at_zero_passes():
+    model = relax_sets(set_network())
+    scale = ce.constraints.scale(model, schedule=ce.schedules.triangle(4))
+    optimizer = ce.ConstrainedOptimizer(torch.optim.SGD(model.parameters(), lr=0.01), scale)
+    train(model, optimizer, batches(1), 3)
+    with pytest.raises(ce.errors.ViolationError):
+        ce.finalize(model, optimizer=optimizer)
+    train(model, optimizer, batches(1), 1)
+    assert all(layer.value == 0 for layer in ce.finalize(model, optimizer=optimizer).layers)
+
+
+def test_keep_leaves_the_terms_above_their_level():
+    model, (x, *_) = relax_sets(set_network()), batches()
+    with torch.no_grad():
+        model[0].non_equivariant.weight.zero_()
+    kept, norm = model[2].non_equivariant, model[2].non_equivariant.weight.norm().item()
+    optimizer = ce.ConstrainedOptimizer(
+        torch.optim.SGD(model.parameters(), lr=0.1), ce.constraints.weight(model, level=0.0)
+    )
+    report = ce.finalize(model, optimizer=optimizer, on_violation="keep")
+    assert [r.name for r in ce.relaxations(model)] == ["2"] and model[2].non_equivariant is kept
+    assert type(model[0]) is nn.Linear
+    gone, stays = report.layers
+    assert (gone.kept, stays.kept) == (False, True)
+    assert stays.value == pytest.approx(norm / 12**0.5) and stays.removed == 0.0
+    assert str(report).splitlines()[2].endswith("kept")
+    assert any(p is kept.weight for group in optimizer.param_groups for p in group["params"])
+    train(model, optimizer, (x,), 2)  # goes on, with what is left
+    assert not kept.weight.any()
+
+
+# --- the report -------------------------------------------------------------------------------------------------------
+
+
+@table
+def test_the_report_measures_what_happened(case):
+    model, data = case.relaxed(gate=True), case.data()
+    with torch.no_grad():
+        for relaxation in ce.relaxations(model):
+            relaxation.term.scale.fill_(0.5)
+            relaxation.term.gate.fill_(0.5)
+    norms = {r.name: 0.25 * r.term.weight.norm().item() for r in ce.relaxations(model)}
+    values = {r.name: norms[r.name] / math.sqrt(r.term.rows) for r in ce.relaxations(model)}
+    model.eval()
+    before, error = outputs(model, data), case.error(model, data)
+    report = ce.finalize(
+        model, batches=[data], forward=spread, symmetry=case.symmetry(), on_violation="drop", fold=False
+    )
+    assert {layer.name: layer.removed for layer in report.layers} == pytest.approx(norms)
+    assert {layer.name: layer.value for layer in report.layers} == pytest.approx(values)
+    assert all(layer.folded == 0 and not layer.kept for layer in report.layers)
+    if report.recalibrated == 0:
+        assert report.output_change == pytest.approx(distance(before, outputs(model, data)), rel=1e-9)
+    assert report.error_before == pytest.approx(error, rel=0.5) and report.error_before > 1e-2
+    assert report.error_after < case.tolerance
+    assert all(layer.output_change > 0 for layer in report.layers)
+
+
+def test_the_change_of_each_layer_is_measured_on_its_own_input():
+    model, (x, *_) = relax_sets(set_network()), batches()
+    plain = set_network()
+    hidden = [x, torch.tanh(model[0](x)).detach()]
+    expected = [
+        distance([relaxed(h).detach()], [base(h).detach()])
+        for relaxed, base, h in zip((model[0], model[2]), (plain[0], plain[2]), hidden, strict=True)
+    ]
+    report = ce.finalize(model, batches=[x], on_violation="drop")
+    assert [layer.output_change for layer in report.layers] == pytest.approx(expected, rel=1e-12)
+
+
+def test_a_layer_whose_output_is_overwritten_is_measured_before_that():
+    first, second = relax_sets(set_network()), relax_sets(set_network())
+    first[1], second[1] = nn.ReLU(inplace=True), nn.ReLU()
+    reports = [ce.finalize(m, batches=batches(1), on_violation="drop") for m in (first, second)]
+    assert reports[0].layers == reports[1].layers and reports[0].output_change == reports[1].output_change
+
+
+def test_without_batches_or_symmetry_the_report_says_so():
+    report = ce.finalize(relax_sets(set_network()), on_violation="drop")
+    assert report.output_change is report.error_before is report.error_after is None
+    assert all(layer.output_change is None for layer in report.layers)
+    assert any("pass symmetry=" in note for note in report.notes)
+    report = ce.finalize(relax_sets(set_network()), symmetry=SETS, on_violation="drop")
+    assert report.error_after is None and any("pass batches=" in note for note in report.notes)
+    assert "not measured" in str(report)
+
+
+def test_a_printed_report_is_a_table_and_a_summary():
+    model = relax_sets(set_network(norm=True))
+    report = ce.finalize(model, batches=batches(), symmetry=SETS, on_violation="drop")
+    text = str(report).splitlines()
+    assert text[0].split() == [
+        "layer",
+        "measure",
+        "value",
+        "allowed",
+        "folded",
+        "unfolded",
+        "removed",
+        "output",
+        "change",
+    ]
+    for line, layer in zip(text[1:3], report.layers, strict=True):
+        name, measure, value, allowed, folded, unfolded, removed, change = line.split()
+        assert (name, measure, allowed, folded, unfolded) == (layer.name, "weight", "0.001", "0", "0")
+        assert float(value) == pytest.approx(layer.value, rel=1e-2)
+        assert float(removed) == pytest.approx(layer.removed, rel=1e-2)
+        assert float(change) == pytest.approx(layer.output_change, rel=1e-2)
+    assert text[3].startswith("output of the model changed by ") and f"{report.output_change:.3g}" in text[3]
+    assert f"{report.error_before:.3g} before, {report.error_after:.3g} after" in text[4]
+    assert text[5] == "normalisation layers recalibrated: 1" and len(text) == 6
+
+
+def test_the_first_element_of_a_lone_model_is_named():
+    model = case_named("finite group, own layer").relaxed()
+    assert "(model)" in str(ce.finalize(model, on_violation="drop"))
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("evaluate_with_terms", [True, False])
+def test_errors_are_measured_with_the_terms_on_and_modes_are_restored(training, evaluate_with_terms):
+    model = relax_sets(set_network(), evaluate_with_terms=evaluate_with_terms).train(training)
+    model[1].train(not training)
+    with pytest.raises(ce.errors.ViolationError):
+        ce.finalize(model, batches=batches(), symmetry=SETS)
+    report = ce.finalize(model, batches=batches(), symmetry=SETS, on_violation="drop")
+    assert report.error_before > 1e-2 and report.error_after < 1e-13 and report.output_change > 1e-2
+    assert [m.training for m in model.modules()] == [training, training, not training, training]
+
+
+def test_kept_terms_keep_their_options():
+    model = relax_sets(set_network(), evaluate_with_terms=False)
+    ce.finalize(model, batches=batches(), on_violation="keep")
+    assert not any(r.term.evaluate_with_terms for r in ce.relaxations(model)) and len(ce.relaxations(model)) == 2
+
+
+def test_a_generator_of_batches_is_consumed_once():
+    drawn = []
+
+    def stream():
+        for batch in batches(5):
+            drawn.append(batch)
+            yield batch
+
+    ce.finalize(relax_sets(set_network(norm=True)), batches=stream(), on_violation="drop")
+    assert len(drawn) == 5
+    drawn.clear()
+    ce.finalize(relax_sets(set_network()), batches=stream(), on_violation="drop")
+    assert len(drawn) == 1  # without statistics to gather, one batch is enough
+
+
+def test_forward_may_unpack_a_batch():
+    model = relax_sets(set_network())
+    pairs = [(x, x.sum()) for x in batches()]
+    report = ce.finalize(model, batches=pairs, forward=lambda m, batch: m(batch[0]), symmetry=SETS, on_violation="drop")
+    assert report.error_after < 1e-13
+
+
+def test_forces_as_gradients_can_be_measured():
+    class Forces(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.energy = set_network()
+
+        def forward(self, x):
+            x = x.detach().requires_grad_()
+            return torch.autograd.grad(self.energy(x).square().sum(), x)[0]
+
+    model = relax_sets(Forces())
+    report = ce.finalize(model, batches=batches(), symmetry=SETS, on_violation="drop")
+    assert report.error_before > 1e-2 and report.error_after < 1e-13
+
+
+# --- normalisation statistics -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("momentum", [0.1, None])
+def test_statistics_are_those_of_the_model_without_terms(momentum):
+    model, plain = (set_network(norm=True) for _ in range(2))
+    relax_sets(model)
+    model[1].momentum = plain[1].momentum = momentum
+    for x in batches():
+        model(x)  # statistics gathered with the terms on
+    spoilt = model[1].running_mean.clone()
+    report = ce.finalize(model, batches=batches(), on_violation="drop")
+    hidden = torch.stack([plain[0](x).flatten(0, 1) for x in batches()]).detach()
+    torch.testing.assert_close(model[1].running_mean, hidden.mean((0, 1)), rtol=0, atol=1e-14)
+    torch.testing.assert_close(model[1].running_var, hidden.var(1).mean(0), rtol=0, atol=1e-14)
+    assert not torch.allclose(spoilt, model[1].running_mean, rtol=1e-2)
+    assert report.recalibrated == 1 and model[1].momentum == momentum
+
+
+def test_statistics_that_cannot_be_gathered_are_reported():
+    model = relax_sets(set_network(norm=True))
+    for x in batches():
+        model(x)
+    before = model[1].running_mean.clone()
+    report = ce.finalize(model, on_violation="drop")
+    assert torch.equal(model[1].running_mean, before) and report.recalibrated == 0
+    assert any("1 normalisation layers keep statistics" in note and "batches=" in note for note in report.notes)
+
+
+def test_recalibration_leaves_other_layers_in_evaluation():
+    model = relax_sets(set_network(norm=True))
+    model.insert(0, nn.Dropout(0.9))
+    twin = copy.deepcopy(model)
+    for m in (model, twin):
+        ce.finalize(m, batches=batches(), on_violation="drop")
+    assert torch.equal(model[2].running_var, twin[2].running_var) and model[0].training
+
+
+# --- folding ----------------------------------------------------------------------------------------------------------
+
+
+@table
+def test_folding_an_equivariant_term_changes_nothing_or_is_reported(case):
+    model, data = case.relaxed(complement=False), case.data()
+    with torch.no_grad():
+        for relaxation in ce.relaxations(model):
+            relaxation.term.projection.complement_(rest := relaxation.term.weight.detach().clone())
+            relaxation.term.weight.sub_(rest)
+    norms = {r.name: r.term.weight.norm().item() for r in ce.relaxations(model)}
+    model.eval()
+    before = outputs(model, data)
+    report = ce.finalize(model, fold=True)  # nothing is above a level: the terms are equivariant
+    lost = [
+        name for name in norms if any(f"layer {name!r}" in note and "does not fit" in note for note in report.notes)
+    ]
+    change = distance(before, outputs(model, data))
+    assert (change > 1e-6) if lost else (change < 1e-14)
+    for layer in report.layers:
+        assert layer.removed < 1e-12
+        if layer.name not in lost:
+            assert layer.folded == pytest.approx(norms[layer.name], rel=1e-12)
+    assert case.error(model, data) < case.tolerance
+
+
+@pytest.mark.parametrize(
+    "name", ["e3nn linear", "e3nn linear, repeated, unsorted and empty irreps", "e3nn gate network"]
+)
+def test_linear_layers_of_e3nn_fold_completely(name):
+    case = case_named(name)
+    report = ce.finalize(case.relaxed(complement=False), fold=True, on_violation="drop")
+    assert not any("does not fit" in note for note in report.notes)
+    assert all(layer.folded > 0 and layer.removed > 0 for layer in report.layers)
+
+
+def test_tensor_products_say_that_they_do_not_fold():
+    case = case_named("e3nn fully connected tensor product")
+    report = ce.finalize(case.relaxed(complement=False), fold=True, on_violation="drop")
+    assert "e3nn tensor product" in str(report) and "does not fit into its own weights" in str(report)
+    assert report.layers[0].folded == 0
+
+
+def test_terms_of_the_complement_have_nothing_to_fold():
+    case = case_named("e3nn linear")
+    plain, model = case.model(), case.relaxed()
+    report = ce.finalize(model, fold=True, on_violation="drop")
+    assert torch.equal(plain.weight, model.weight) and report.layers[0].folded == 0
+
+
+def test_without_fold_a_free_term_is_held_to_its_whole_norm():
+    model = relax_sets(set_network(), complement=False, init=nn.init.ones_)  # equivariant, and not small
+    with pytest.raises(ce.errors.ViolationError):
+        ce.finalize(model)
+
+
+# --- options ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "options, match",
+    [
+        ({"on_violation": "ignore"}, "'ignore'.*expected 'raise', 'drop' or 'keep'"),
+        ({"batches": []}, "empty.*expected at least one batch"),
+        ({"batches": iter([])}, "empty.*expected at least one batch"),
+        (
+            {"batches": batches(1), "symmetry": SETS, "forward": lambda m, x: m(input=x)},
+            r"keywords \['input'\].*expected positional",
+        ),
+    ],
+)
+def test_bad_options_change_nothing(options, match):
+    model = relax_sets(set_network(), init=0.0)
+    with pytest.raises(ce.errors.ConstrainedEquivError, match=match):
+        ce.finalize(model, **options)
+    assert len(ce.relaxations(model)) == 2 and all(m.training for m in model.modules())
+
+
+def test_a_forward_that_fails_changes_nothing():
+    model = relax_sets(set_network(), init=0.0)
+    with pytest.raises(RuntimeError, match="mat1 and mat2"):
+        ce.finalize(model, batches=[torch.zeros(2, 4, 5, dtype=torch.float64)])
+    assert len(ce.relaxations(model)) == 2 and not model._forward_hooks and model.training
+
+
+def test_a_plain_model_has_nothing_to_finalize():
+    with pytest.raises(ce.errors.RelaxationError, match=r"no relaxed layer: expected a model after ce\.relax"):
+        ce.finalize(set_network())
