@@ -1,4 +1,8 @@
-"""Train equivariant networks through constrained relaxation: relax -> constrain -> step -> finalize -> verify."""
+"""Train equivariant networks through constrained relaxation: relax -> constrain -> step -> finalize -> verify.
+
+What enters: nothing. What leaves: the public names of the rooms behind.
+Law: it only re-exports, and importing it loads no optional framework.
+"""
 
 from constrained_equiv import (
     actions,

@@ -6,6 +6,7 @@ Law: Cooper sees one vector constraint per type, never one per layer; the closed
 
     Lagrangian            dL/dh = lambda
     augmented Lagrangian  dL/dh = [lambda + c h]_+ (inequality), lambda + c h (equality)
+    quadratic penalty     dL/dh = [c h]_+ (inequality), c h (equality); no multiplier
     dual step (SGD)       lambda <- [lambda + eta h]_+ (inequality), lambda + eta h (equality)
 """
 
@@ -14,16 +15,22 @@ from typing import Any, Literal, TypeAlias, cast
 
 import cooper
 import torch
-from cooper.formulations import AugmentedLagrangian, Formulation, Lagrangian
+from cooper.formulations import AugmentedLagrangian, Formulation, Lagrangian, QuadraticPenalty
 from torch import Tensor, nn
 
 from constrained_equiv.errors import CheckpointError, ConstraintError
 
-FormulationName: TypeAlias = Literal["lagrangian", "augmented_lagrangian"]
+FormulationName: TypeAlias = Literal["lagrangian", "augmented_lagrangian", "quadratic_penalty"]
 DualName: TypeAlias = Literal["sgd", "nupi"]
 DualFactory: TypeAlias = Callable[[Sequence[nn.Parameter]], torch.optim.Optimizer]
 
-_FORMULATIONS: dict[str, type[Formulation]] = {"lagrangian": Lagrangian, "augmented_lagrangian": AugmentedLagrangian}
+_FORMULATIONS: dict[str, type[Formulation]] = {
+    "lagrangian": Lagrangian,
+    "augmented_lagrangian": AugmentedLagrangian,
+    "quadratic_penalty": QuadraticPenalty,
+}
+_TOLERATED = 1e-4  # violations up to here let no penalty grow
+_GREATEST = 1e4  # times its start, a growing penalty ends
 _TYPES = {"inequality": cooper.ConstraintType.INEQUALITY, "equality": cooper.ConstraintType.EQUALITY}
 
 
@@ -48,10 +55,22 @@ class Problem(cooper.ConstrainedMinimizationProblem):
         for multiplier in self.multipliers():
             yield from multiplier.parameters()
 
-    def compute_cmp_state(self, violations: dict[str, Tensor], loss: Tensor | None = None) -> cooper.CMPState:
-        """Pair each constraint with its vector of violations."""
-        observed = {self._constraints[name]: cooper.ConstraintState(violations[name]) for name in self._constraints}
-        return cooper.CMPState(loss, observed)
+    def compute_cmp_state(
+        self,
+        violations: dict[str, Tensor] | Callable[[], dict[str, Tensor]],
+        loss: Tensor | Callable[[], Tensor] | None = None,
+    ) -> cooper.CMPState:
+        """Pair each constraint with its vector of violations, value - level.
+
+        Cooper's own optimizers call this from `roll(compute_cmp_state_kwargs={"violations": ..., "loss": ...})`. They may
+        evaluate it anew after the parameters moved, so functions are accepted beside tensors.
+        """
+        found = violations() if callable(violations) else violations
+        observed = {
+            constraint: cooper.ConstraintState(found[name], contributes_to_dual_update=constraint.multiplier is not None)
+            for name, constraint in self._constraints.items()
+        }
+        return cooper.CMPState(loss() if callable(loss) else loss, observed)
 
 
 class Multipliers:
@@ -59,7 +78,7 @@ class Multipliers:
 
     Attributes:
         problem: the Cooper problem that holds them.
-        dual_optimizer: what updates them.
+        dual_optimizer: what updates them; None for a formulation without multipliers.
     """
 
     def __init__(
@@ -73,6 +92,8 @@ class Multipliers:
         dual_lr: float | None,
         dtype: torch.dtype,
         device: torch.device,
+        penalty_growth: float = 1.0,
+        ceilings: Tensor | None = None,
     ) -> None:
         kind = _FORMULATIONS.get(formulation) if isinstance(formulation, str) else formulation
         if not (isinstance(kind, type) and issubclass(kind, Formulation)):
@@ -82,6 +103,8 @@ class Multipliers:
             )
         if not penalty > 0:
             raise ConstraintError(f"penalty={penalty!r}: expected a number > 0")
+        if not penalty_growth >= 1:
+            raise ConstraintError(f"penalty_growth={penalty_growth!r}: expected a factor per step, >= 1")
         rate = penalty if dual_lr is None else dual_lr
         if not rate > 0:
             raise ConstraintError(f"dual_lr={dual_lr!r}: expected a number > 0, or None to take the penalty")
@@ -89,54 +112,90 @@ class Multipliers:
         self.problem = Problem(
             {name: _constraint(kind, name, size, penalty, dtype, device) for name, size in sizes.items()}
         )
-        self._sizes = list(sizes.values())
-        self._penalty = penalty
-        self._rate = rate
-        self._closed_form = kind in (Lagrangian, AugmentedLagrangian) and dual == "sgd"
-        self._augmented = kind is AugmentedLagrangian
-        self._weights = list(self.problem.dual_parameters())
-        self.dual_optimizer = _dual_optimizer(dual, self._weights, rate, penalty) if self._weights else None
+        if penalty_growth > 1 and not kind.expects_penalty_coefficient:
+            raise ConstraintError(
+                f"penalty_growth={penalty_growth} with formulation {kind.__name__}, which has no penalty: expected "
+                "formulation='augmented_lagrangian' or 'quadratic_penalty'"
+            )
+        self._sizes = sizes
+        self._start, self._growth = penalty, penalty_growth
+        self._follow = dual_lr is None and penalty_growth > 1  # the dual rate is the penalty, also where that grows
+        self._closed_form = kind in _FORMULATIONS.values() and dual == "sgd"
+        self._kind = kind
+        self._weights = dict(zip(self._names, self.problem.dual_parameters(), strict=True))
+        self._ceilings = {} if ceilings is None else dict(zip(sizes, self._split(ceilings), strict=True))
+        self._none = torch.zeros(inequalities + equalities, dtype=dtype, device=device)
+        weights = list(self._weights.values())
+        self.dual_optimizer = _dual_optimizer(dual, weights, rate, penalty) if weights else None
 
     @property
     def values(self) -> Tensor:
         """The multipliers (n,); zeros for a formulation without multipliers."""
         if not self._weights:
-            return torch.zeros(sum(self._sizes))
-        return torch.cat([weight.detach() for weight in self._weights])
+            return self._none
+        weights: list[Tensor] = [weight.detach() for weight in self._weights.values()]
+        return weights[0] if len(weights) == 1 else torch.cat(weights)
+
+    @property
+    def penalties(self) -> Tensor:
+        """The penalty coefficients c (n,); zeros for a formulation without."""
+        coefficients = list(self._penalties.values())
+        return torch.cat(coefficients) if coefficients else self._none
 
     def ascend(self, violations: Tensor) -> None:
-        """Take one dual step."""
+        """Take one dual step, and let penalties of what is violated grow."""
+        if self._growth > 1:
+            self._grow(violations)
         if self.dual_optimizer is None:
             return
         if self._closed_form:
+            rate = self.dual_optimizer.param_groups[0]["lr"]
             for name, weight, part in self._parts(violations):
-                weight.data.add_(part, alpha=self._rate)
+                if self._follow:
+                    weight.data.addcmul_(part, self._penalties[name])
+                else:
+                    weight.data.add_(part, alpha=rate)
                 if name == "inequality":
                     weight.data.clamp_min_(0)
-            return
-        with torch.enable_grad(), torch.autocast(violations.device.type, enabled=False):
-            self.dual_optimizer.zero_grad()
-            self._state(violations).compute_dual_lagrangian().backward()
-            self.dual_optimizer.step()
-        for multiplier in self.problem.multipliers():
-            multiplier.post_step_()
+        else:
+            with torch.enable_grad(), torch.autocast(violations.device.type, enabled=False):
+                self.dual_optimizer.zero_grad()
+                self._state(violations).compute_dual_lagrangian().backward()
+                self.dual_optimizer.step()
+            for multiplier in self.problem.multipliers():
+                multiplier.post_step_()
+        for name, ceiling in self._ceilings.items():
+            self._weights[name].data.clamp_(-ceiling, ceiling)
 
     def coefficients(self, violations: Tensor) -> Tensor:
         """Return dL/dh (n,) at the current multipliers."""
-        if self._closed_form:
-            parts = []
-            for name, weight, part in self._parts(violations):
-                slope = (
-                    torch.add(weight.detach(), part, alpha=self._penalty)
-                    if self._augmented
-                    else weight.detach().clone()
-                )
-                parts.append(slope.clamp_min_(0) if name == "inequality" else slope)
-            return torch.cat(parts)
-        with torch.enable_grad(), torch.autocast(violations.device.type, enabled=False):
-            leaf = violations.detach().requires_grad_()
-            lagrangian = self._state(leaf).compute_primal_lagrangian().lagrangian
-            return torch.autograd.grad(cast(Tensor, lagrangian), leaf)[0]
+        if not self._closed_form:
+            with torch.enable_grad(), torch.autocast(violations.device.type, enabled=False):
+                leaf = violations.detach().requires_grad_()
+                lagrangian = self._state(leaf).compute_primal_lagrangian().lagrangian
+                return torch.autograd.grad(cast(Tensor, lagrangian), leaf)[0]
+        parts = [self._slope(name, part) for name, part in zip(self._sizes, self._split(violations), strict=True)]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def _slope(self, name: str, violations: Tensor) -> Tensor:
+        """dL/dh of the constraints of one type, in closed form."""
+        if self._kind is Lagrangian:
+            multiplier: Tensor = self._weights[name].detach()
+            return multiplier.clone()
+        if self._growth > 1:
+            slope = violations * self._penalties[name]
+            if self._weights:
+                slope += self._weights[name].detach()
+        elif self._weights:
+            slope = torch.add(self._weights[name].detach(), violations, alpha=self._start)
+        else:
+            slope = violations * self._start
+        return torch.clamp_min_(slope, 0) if name == "inequality" else slope
+
+    def _grow(self, violations: Tensor) -> None:
+        for (name, penalty), part in zip(self._penalties.items(), self._split(violations), strict=True):
+            violated = (part if name == "inequality" else part.abs()) > _TOLERATED
+            penalty.copy_(torch.where(violated, penalty * self._growth, penalty).clamp_max_(self._start * _GREATEST))
 
     def lagrangian(self, violations: Tensor) -> Tensor:
         """Return what the constraints add to the loss, a 0-d tensor; for line searches."""
@@ -146,23 +205,35 @@ class Multipliers:
     def state_dict(self) -> dict[str, Any]:
         """Return plain tensors and numbers, loadable with `weights_only=True`."""
         return {
-            "multipliers": {
-                name: weight.detach().clone() for name, weight in zip(self._names, self._weights, strict=True)
-            },
-            "penalty": self._penalty,
+            "multipliers": {name: weight.detach().clone() for name, weight in self._weights.items()},
+            "penalties": {name: penalty.clone() for name, penalty in self._penalties.items()},
             "rates": [] if self.dual_optimizer is None else [group["lr"] for group in self.dual_optimizer.param_groups],
             "dual_state": {} if self.dual_optimizer is None else self.dual_optimizer.state_dict()["state"],
         }
 
+    def check_state_dict(self, state: dict[str, Any]) -> None:
+        """Refuse a state of other constraints or another formulation."""
+        for what, own in (("multipliers", self._weights), ("penalties", self._penalties)):
+            found = {name: tuple(value.shape) for name, value in state[what].items()}
+            expected = {name: tuple(value.shape) for name, value in own.items()}
+            if found != expected:
+                raise CheckpointError(
+                    f"the checkpoint holds {what} {found}: expected {expected}; build the optimizer with the "
+                    "constraints and the formulation of the saved run"
+                )
+        groups = 0 if self.dual_optimizer is None else len(self.dual_optimizer.param_groups)
+        if len(state["rates"]) != groups:
+            raise CheckpointError(
+                f"the checkpoint's dual optimizer has {len(state['rates'])} parameter groups: expected {groups}"
+            )
+
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore multipliers and the dual optimizer's state in place."""
-        saved = state["multipliers"]
-        found = {name: tuple(value.shape) for name, value in saved.items()}
-        expected = {name: tuple(weight.shape) for name, weight in zip(self._names, self._weights, strict=True)}
-        if found != expected:
-            raise CheckpointError(f"the checkpoint holds multipliers {found}: expected {expected}")
-        for name, weight in zip(self._names, self._weights, strict=True):
-            weight.data.copy_(saved[name])
+        """Restore multipliers, penalties and the dual optimizer's state in place."""
+        self.check_state_dict(state)
+        for name, weight in self._weights.items():
+            weight.data.copy_(state["multipliers"][name])
+        for name, penalty in self._penalties.items():
+            penalty.copy_(state["penalties"][name])
         if self.dual_optimizer is not None:
             current = self.dual_optimizer.state_dict()
             for group, rate in zip(current["param_groups"], state["rates"], strict=True):
@@ -173,12 +244,19 @@ class Multipliers:
     def _names(self) -> list[str]:
         return [name for name, constraint in self.problem.named_constraints() if constraint.multiplier is not None]
 
+    @property
+    def _penalties(self) -> dict[str, Tensor]:
+        named = ((name, constraint.penalty_coefficient) for name, constraint in self.problem.named_constraints())
+        return {name: coefficient.value for name, coefficient in named if coefficient is not None}
+
+    def _split(self, vector: Tensor) -> Sequence[Tensor]:
+        return [vector] if len(self._sizes) == 1 else torch.split(vector, list(self._sizes.values()))
+
     def _parts(self, violations: Tensor) -> Iterator[tuple[str, nn.Parameter, Tensor]]:
-        return zip(self._names, self._weights, torch.split(violations, self._sizes), strict=True)
+        return zip(self._weights, self._weights.values(), self._split(violations), strict=True)
 
     def _state(self, violations: Tensor) -> cooper.CMPState:
-        names = [name for name, _ in self.problem.named_constraints()]
-        return self.problem.compute_cmp_state(dict(zip(names, torch.split(violations, self._sizes), strict=True)))
+        return self.problem.compute_cmp_state(dict(zip(self._sizes, self._split(violations), strict=True)))
 
 
 def _constraint(

@@ -1,7 +1,8 @@
 """Constraints: what is measured of the non-equivariant terms, and how large it may be.
 
 What enters: a relaxed model and a level, a number or a schedule. What leaves: a `Constraint`, a frozen record that
-`ConstrainedOptimizer` measures, differentiates and holds to its level; or a `ScaleSchedule`, which has no multiplier.
+`ConstrainedOptimizer` measures, differentiates and holds to its level; or a `Penalty` or `ScaleSchedule`, which have no
+multiplier.
 Law: every measure is of the term actually added, scale * gate * W, has a finite (zero) sub-gradient at W = 0, and is
 independent of batch size.
 
@@ -14,8 +15,10 @@ The measures, per layer (W is orthogonal to the equivariant maps in the compleme
     lie         sqrt(mean over generators of || W rho_in - rho_out W ||_F^2 / out features)
 """
 
+import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from itertools import accumulate
 from typing import Literal, TypeAlias
 
@@ -62,11 +65,15 @@ class Terms:
 
     def weights(self) -> list[nn.Parameter]:
         """The parameters W."""
-        return [term.weight for term in self.modules]
+        return [own["weight"] for own in self._own]  # type: ignore[misc]
 
     def gates(self) -> list[nn.Parameter]:
         """The gates; empty where the terms have none."""
-        return [term.gate for term in self.modules if term.gate is not None]
+        return [gate for own in self._own if (gate := own.get("gate")) is not None]
+
+    def scales(self) -> list[Tensor]:
+        """The 0-d buffers theta."""
+        return [term._buffers["scale"] for term in self.modules]  # type: ignore[misc]
 
     @property
     def precision(self) -> torch.dtype:
@@ -75,15 +82,17 @@ class Terms:
 
     def factors(self) -> Tensor:
         """scale * gate / sqrt(rows) of each term, (n,)."""
-        factors = torch.stack([term.scale for term in self.modules]).to(self.precision)
+        factors = torch.stack(self.scales())
         if gates := self.gates():
-            factors = factors * torch.stack([gate.detach() for gate in gates]).to(factors)
-        return torch.cat([factors[stack] * self.modules[stack.start].rows ** -0.5 for stack in self.stacks])
+            factors = factors * torch.stack([*gates]).detach()
+        return factors * self._spread(factors.device, self.precision)
 
     def parts(self, part: Part) -> list[Tensor]:
         """W of each term, or W - P W where only the non-equivariant part of free terms is meant."""
-        weights = [weight.detach() for weight in self.weights()]
-        if part == "whole" or all(term.complement for term in self.modules):
+        weights: list[Tensor] = list(self.weights())
+        if torch.is_grad_enabled():
+            weights = [weight.detach() for weight in weights]
+        if part == "whole" or self.complement:
             return weights
         return [
             share
@@ -91,8 +100,84 @@ class Terms:
             for share in self.modules[stack.start].projection.complement_(torch.stack(weights[stack])).unbind()
         ]
 
+    def norms(self, part: Part) -> Tensor:
+        """Frobenius norms of `parts`, (n,)."""
+        parts = self.parts(part)
+        if _tensors.any_sharded(parts):  # one collective for all
+            return _tensors.norms(parts, self.precision)
+        sizes = [_tensors.norms(parts[stack], self.precision) for stack in self.stacks]
+        return sizes[0] if len(sizes) == 1 else torch.cat(sizes)
+
+    @cached_property
+    def complement(self) -> bool:
+        """Whether all terms are kept orthogonal to the equivariant maps."""
+        return all(term.complement for term in self.modules)
+
+    @cached_property
+    def _own(self) -> tuple[dict[str, nn.Parameter | None], ...]:
+        """The modules' own tables of parameters, which outlive the parameters in them and are quick to look up."""
+        return tuple(term._parameters for term in self.modules)
+
+    def _spread(self, device: torch.device, dtype: torch.dtype) -> Tensor:
+        """1 / sqrt(rows), copied to a device once: a copy in every step would make the host wait."""
+        if (device, dtype) not in self._spreads:
+            spread = [term.rows**-0.5 for term in self.modules]
+            self._spreads[device, dtype] = torch.tensor(spread, dtype=dtype, device=device)
+        return self._spreads[device, dtype]
+
+    @cached_property
+    def _spreads(self) -> dict[tuple[torch.device, torch.dtype], Tensor]:
+        return {}
+
 
 Stack: TypeAlias = tuple[NonEquivariantTerm, ...]
+
+
+@dataclass(frozen=True)
+class Slack:
+    """A price on exceeding the level by u, for data that are only partly symmetric; made by `resilient`.
+
+    Minimising the augmented Lagrangian over u as well has the closed forms below, with w = value - level and
+    s = lambda + c w the multiplier that would act without slack. The pull is then s - c u.
+
+        quadratic  (price / 2) u^2                   u = s / (price + c)
+        linear     price * u                         u = [s - price]_+ / c
+        budget     sum over the record's u <= price  u = [s - mu]_+ / c, with mu >= 0 such that the budget holds
+
+    Attributes:
+        cost: `quadratic`, `linear` or `budget`.
+        price: see above; of the budget, the total.
+    """
+
+    cost: Literal["quadratic", "linear", "budget"]
+    price: float
+
+    def solve(self, multipliers: Tensor, excess: Tensor, penalty: Tensor, signed: bool) -> Tensor:
+        """Return the best slack (n,); nothing is read by the host.
+
+        Args:
+            multipliers: (n,).
+            excess: w (n,), value - level.
+            penalty: c (n,); 0 for the plain Lagrangian.
+            signed: True for equalities, whose slack has the sign of s.
+        """
+        force = multipliers + penalty * excess
+        size = force.abs() if signed else force.clamp_min(0)
+        if self.cost == "quadratic":
+            slack = size / (self.price + penalty)
+        elif self.cost == "linear":
+            slack = (size - self.price).clamp_min(0) / penalty
+        else:
+            slack = (size - _water_level(size, penalty, self.price)).clamp_min(0) / penalty
+        return slack * force.sign() if signed else slack
+
+
+def _water_level(forces: Tensor, penalty: Tensor, budget: float) -> Tensor:
+    """The mu >= 0 with sum [forces - mu]_+ / penalty = budget, or 0 where the sum is smaller at mu = 0."""
+    ordered, order = forces.sort(descending=True)
+    inverse = (1.0 / penalty)[order]
+    levels = ((ordered * inverse).cumsum(0) - budget) / inverse.cumsum(0)  # mu if the k largest forces stand out
+    return levels.amax().clamp_min(0)
 
 
 @dataclass(frozen=True)
@@ -105,6 +190,10 @@ class Measure:
         pull: adds coefficients[i] * d values[i] / d parameter to the `.grad` of each term's parameter.
         target: the parameter of the term that is constrained.
         part: whether W as a whole or only its non-equivariant part is held to the level.
+        slope: where the value is slope * || part ||: terms -> (n,) slopes. The optimizer then pulls with the values
+            that it has, and can take proximal steps; None where the value is no such norm.
+        synchronise: averages what the terms recorded in their forward pass over the processes of a parallel training,
+            once per step, before `values`.
     """
 
     name: str
@@ -112,6 +201,8 @@ class Measure:
     pull: Callable[[Terms, Tensor], None]
     target: Literal["weight", "gate"] = "weight"
     part: Part = "whole"
+    slope: Callable[[Terms], Tensor] | None = None
+    synchronise: Callable[[Terms], None] | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -123,12 +214,29 @@ class Constraint:
         terms: the terms and their layers' names.
         level: schedule of the bound, in the measure's unit, over successful optimizer steps.
         type: `inequality` (value <= level) or `equality` (value = level).
+        slack: what exceeding the level costs; None where it is forbidden.
     """
 
     measure: Measure
     terms: Terms
     level: Schedule
     type: Type = "inequality"
+    slack: Slack | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Penalty:
+    """Add coefficient * value of some terms to the loss; no level, no multiplier.
+
+    Attributes:
+        measure: what is measured.
+        terms: the terms and their layers' names.
+        coefficient: schedule of the coefficient, in units of loss per unit of the measure.
+    """
+
+    measure: Measure
+    terms: Terms
+    coefficient: Schedule
 
 
 @dataclass(frozen=True, eq=False)
@@ -187,10 +295,13 @@ def relative(
     def responses(terms: Terms) -> Tensor:
         return torch.stack([term.response for term in terms.modules]).clamp_min(1e-12)
 
-    def pull(terms: Terms, coefficients: Tensor) -> None:
-        _weight_pull(terms, coefficients / responses(terms), part)
+    def synchronise(terms: Terms) -> None:
+        kept = [term.response for term in terms.modules]
+        torch._foreach_mul_(kept, kept)  # mean squares are what can be averaged
+        _tensors.average_over_processes_(kept)
+        torch._foreach_sqrt_(kept)
 
-    measure = Measure("relative", lambda t: _weight_values(t, part) / responses(t), pull, part=part)
+    measure = _norm_measure("relative", lambda t: t.factors().abs() / responses(t), part, synchronise)
     constraint = _constraint(model, measure, level, where, type)
     for term in constraint.terms.modules:
         term.record("response")
@@ -214,7 +325,10 @@ def activation(
         moments = torch.stack([term.moment for term in terms]).to(stack)
         return torch.einsum("noi,nij,noj->n", stack, moments, stack)
 
-    measure = _stacked_measure("activation", square)
+    def synchronise(terms: Terms) -> None:
+        _tensors.average_over_processes_([term.moment for term in terms.modules])
+
+    measure = _stacked_measure("activation", square, synchronise=synchronise)
     constraint = _constraint(model, measure, level, where, type)
     for name, term in zip(constraint.terms.names, constraint.terms.modules, strict=True):
         if term.weight.ndim != 2:
@@ -307,15 +421,70 @@ def custom(
 
     def values(terms: Terms) -> Tensor:
         with torch.no_grad():
-            return torch.stack([function(term) for term in terms.modules])
+            return torch.stack([_tensors.whole(function(term)) for term in terms.modules])
 
     def pull(terms: Terms, coefficients: Tensor) -> None:
         weights = terms.weights()
         with torch.enable_grad():
-            numbers = torch.stack([function(term) for term in terms.modules])
-        _tensors.add_(_tensors.gradients(weights), torch.autograd.grad(numbers, weights, coefficients.to(numbers)))
+            numbers = torch.stack([_tensors.whole(function(term)) for term in terms.modules])
+        slopes = torch.autograd.grad(numbers, weights, coefficients.to(numbers))
+        _tensors.add_(_tensors.gradients(weights), [_tensors.whole(slope) for slope in slopes])
 
     return _constraint(model, Measure(name, values, pull), level, where, type)
+
+
+def resilient(
+    constraint: Constraint, *, price: float, cost: Literal["quadratic", "linear", "budget"] = "linear"
+) -> Constraint:
+    """Let terms exceed their level at a price, for data that are only partly symmetric.
+
+    Args:
+        constraint: a record of this module.
+        price: of the excess u of each layer over its level. `linear`: price * u, in units of loss per unit of the
+            measure; layers whose asymmetry earns less than that become exactly equivariant, and no multiplier grows
+            beyond the price. `quadratic`: (price / 2) u^2; with level 0 this is a ridge penalty of weight `price`, and
+            no layer becomes exactly equivariant. `budget`: the excesses of all the record's layers may sum up to
+            `price`, in the measure's unit; the layers that need asymmetry most share it.
+        cost: `linear` (default), `quadratic` or `budget`.
+
+    Returns:
+        The same record with a slack; the optimizer solves for u in closed form.
+
+    Raises:
+        ConstraintError: if the price is not positive, the cost is unknown, or the record is no constraint.
+
+    Example:
+        >>> resilient(weight(model, level=0.0), price=0.1).slack  # doctest: +SKIP
+        Slack(cost='linear', price=0.1)
+
+    Reference: Hounie, Ribeiro, Chamon (2023), "Resilient constrained learning", for slacks with a cost.
+    """
+    if not isinstance(constraint, Constraint):
+        raise ConstraintError(f"constraint={constraint!r}: expected a record such as ce.constraints.weight(model, ...)")
+    if cost not in ("quadratic", "linear", "budget"):
+        raise ConstraintError(f"cost={cost!r}: expected 'quadratic', 'linear' or 'budget'")
+    if not (price > 0 and math.isfinite(price)):
+        raise ConstraintError(f"price={price!r}: expected a finite number > 0")
+    return replace(constraint, slack=Slack(cost, float(price)))
+
+
+def penalty(constraint: Constraint, *, coefficient: float | Schedule) -> Penalty:
+    """Add a constraint's measure to the loss with a given coefficient, instead of bounding it.
+
+    Args:
+        constraint: a record of this module; its level is not used.
+        coefficient: a number or a schedule, in units of loss per unit of the measure.
+
+    Returns:
+        A record for `ConstrainedOptimizer`, which adds coefficient * sum of values to the loss it minimises.
+
+    Raises:
+        ConstraintError: if the record is no constraint.
+        ScheduleError: if the coefficient is not a number or schedule.
+    """
+    if not isinstance(constraint, Constraint):
+        raise ConstraintError(f"constraint={constraint!r}: expected a record such as ce.constraints.lie(model, ...)")
+    return Penalty(constraint.measure, constraint.terms, as_schedule(coefficient))
 
 
 def scale(model: nn.Module, *, schedule: float | Schedule, where: Callable[[str], bool] | None = None) -> ScaleSchedule:
@@ -335,7 +504,7 @@ def scale(model: nn.Module, *, schedule: float | Schedule, where: Callable[[str]
 
 def weight_measure(part: Part) -> Measure:
     """The measure of `weight`."""
-    return Measure("weight", lambda t: _weight_values(t, part), lambda t, c: _weight_pull(t, c, part), part=part)
+    return _norm_measure("weight", lambda t: t.factors().abs(), part)
 
 
 def _constraint(
@@ -363,38 +532,58 @@ def _choose(model: nn.Module, where: Callable[[str], bool] | None) -> Terms:
     return Terms.of(chosen)
 
 
-def _weight_values(terms: Terms, part: Part) -> Tensor:
-    return terms.factors().abs() * _tensors.norms(terms.parts(part), terms.precision)
+def norm_shares(measure: Measure, terms: Terms, coefficients: Tensor, values: Tensor) -> Tensor:
+    """Factors (n,) by which `part` is to be added to the gradients of a norm with given values.
+
+    d value / d W = slope^2 * part / value, and 0 at 0.
+    """
+    assert measure.slope is not None
+    return (coefficients * measure.slope(terms).square() / values).nan_to_num_(0.0, 0.0, 0.0)
 
 
-def _weight_pull(terms: Terms, coefficients: Tensor, part: Part) -> None:
-    parts = terms.parts(part)
-    sizes = _tensors.norms(parts, terms.precision)
-    slopes = torch.where(sizes > 0, coefficients * terms.factors().abs() / sizes, 0.0)
-    _tensors.add_scaled_(_tensors.gradients(terms.weights()), parts, slopes)
+def _norm_measure(
+    name: str, slope: Callable[[Terms], Tensor], part: Part, synchronise: Callable[[Terms], None] | None = None
+) -> Measure:
+    """A measure of the form slope * || part of W ||."""
+
+    def values(terms: Terms) -> Tensor:
+        return slope(terms) * terms.norms(part)
+
+    def pull(terms: Terms, coefficients: Tensor) -> None:
+        shares = norm_shares(measure, terms, coefficients, values(terms))
+        _tensors.add_scaled_(_tensors.gradients(terms.weights()), terms.parts(part), shares)
+
+    measure = Measure(name, values, pull, part=part, slope=slope, synchronise=synchronise)
+    return measure
 
 
-def _stacked_measure(name: str, square: Callable[[Tensor, Stack], Tensor], part: Part = "whole") -> Measure:
+def _stacked_measure(
+    name: str,
+    square: Callable[[Tensor, Stack], Tensor],
+    part: Part = "whole",
+    synchronise: Callable[[Terms], None] | None = None,
+) -> Measure:
     """A measure whose square is a smooth function of scale * W / sqrt(rows), computed stack by stack.
 
     It is differentiated by autograd, with the sub-gradient 0 at 0.
     """
 
-    def measure(terms: Terms, differentiate: bool) -> tuple[Tensor, list[Tensor]]:
+    def evaluate(terms: Terms, differentiate: bool) -> tuple[Tensor, list[Tensor]]:
         pieces, leaves, factors = [], [], terms.factors()
-        for stack in terms.stacks:
-            modules = terms.modules[stack]
-            leaf = torch.stack([term.weight.detach() for term in modules]).requires_grad_(differentiate)
-            with torch.set_grad_enabled(differentiate):
+        with torch.set_grad_enabled(differentiate):
+            for stack in terms.stacks:
+                modules = terms.modules[stack]
+                leaf = torch.stack([_tensors.whole(term.weight.detach()) for term in modules])
+                leaf.requires_grad_(differentiate)
                 squared = square(leaf * factors[stack].view(-1, *[1] * (leaf.ndim - 1)), modules)
                 positive = squared > 0
                 pieces.append(torch.where(positive, torch.where(positive, squared, 1.0).sqrt(), 0.0))
-            leaves.append(leaf)
-        return torch.cat(pieces), leaves
+                leaves.append(leaf)
+            return torch.cat(pieces), leaves
 
     def pull(terms: Terms, coefficients: Tensor) -> None:
-        values, leaves = measure(terms, True)
+        values, leaves = evaluate(terms, True)
         slopes = torch.autograd.grad(values, leaves, coefficients.to(values))
         _tensors.add_(_tensors.gradients(terms.weights()), [g for stack in slopes for g in stack.unbind()])
 
-    return Measure(name, lambda terms: measure(terms, False)[0], pull, part=part)
+    return Measure(name, lambda terms: evaluate(terms, False)[0], pull, part=part, synchronise=synchronise)

@@ -1,0 +1,572 @@
+"""The engine: what surrounds a step of the base optimizer, whoever calls that step.
+
+What enters: a base optimizer and constraint records. What leaves: `before`, which turns the task's gradients into those
+of the Lagrangian, and `after`, which puts the terms back where they belong. Driven by `ConstrainedOptimizer` and by the
+hooks of `attach`.
+
+    project term gradients -> measure -> slack -> dual step -> pull  |  base step  |  project terms, prox -> next level
+
+Law: one vector holds all constraints, inequalities first; nothing in a step is read by the host, and the number of
+dispatched operations does not depend on the number of terms per distinct shape.
+"""
+
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal, NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from constrained_equiv import _tensors
+from constrained_equiv._dual import DualFactory, DualName, FormulationName, Multipliers
+from constrained_equiv._terms import NonEquivariantTerm
+from constrained_equiv.constraints import Constraint, Penalty, ScaleSchedule, Terms, norm_shares
+from constrained_equiv.errors import CheckpointError, ConstraintError, NonFiniteError
+from constrained_equiv.schedules import value_at
+
+Record: TypeAlias = Constraint | Penalty | ScaleSchedule
+Order: TypeAlias = Literal["dual-primal", "simultaneous", "primal-dual"]
+Enforce: TypeAlias = Literal["multipliers", "projection", "proximal"]
+AtZero: TypeAlias = Literal["clear", "multipliers"]
+OnNonFinite: TypeAlias = Literal["ignore", "skip", "raise"]
+
+_VERSION = 1
+_KNOWN: Mapping[str, tuple[str, ...]] = {
+    "order": ("dual-primal", "simultaneous", "primal-dual"),
+    "enforce": ("multipliers", "projection", "proximal"),
+    "at_zero": ("clear", "multipliers"),
+    "on_nonfinite": ("ignore", "skip", "raise"),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """How constraints are enforced; documented at `ConstrainedOptimizer`."""
+
+    formulation: FormulationName | type[Any] = "augmented_lagrangian"
+    penalty: float = 1.0
+    penalty_growth: float = 1.0
+    dual: DualName | DualFactory = "sgd"
+    dual_lr: float | None = None
+    order: Order = "dual-primal"
+    enforce: Enforce = "multipliers"
+    at_zero: AtZero = "clear"
+    on_nonfinite: OnNonFinite = "ignore"
+
+    def __post_init__(self) -> None:
+        for name, known in _KNOWN.items():
+            if getattr(self, name) not in known:
+                raise ConstraintError(f"{name}={getattr(self, name)!r}: expected one of {known}")
+
+
+class Readings(NamedTuple):
+    """The state of all constraints after a step, on the device; reading them is the caller's choice.
+
+    Attributes:
+        step: finished steps.
+        names: `layer (measure)`, one per entry of the vectors.
+        values: what was measured in the last step.
+        levels: the bound that it was compared with.
+        multipliers: after the last dual step.
+        slacks: by how much each level was given way in the last step; zeros without `ce.constraints.resilient`.
+    """
+
+    step: int
+    names: tuple[str, ...]
+    values: Tensor
+    levels: Tensor
+    multipliers: Tensor
+    slacks: Tensor
+
+
+class _Charge(NamedTuple):
+    """What one record adds to the gradients: coefficients times the slopes of its values."""
+
+    record: Constraint | Penalty
+    coefficients: Tensor
+    values: Tensor
+
+
+class _Stack(NamedTuple):
+    """Terms of one shape and symmetry that are not pinned at zero."""
+
+    term: NonEquivariantTerm
+    positions: list[int]
+    tables: list[dict[str, Any]]
+
+
+class Engine:
+    """What surrounds a base step."""
+
+    def __init__(self, base: torch.optim.Optimizer, records: tuple[Record, ...], options: Options) -> None:
+        if unknown := [record for record in records if not isinstance(record, Record)]:
+            raise ConstraintError(f"constraint {unknown[0]!r}: expected a record of ce.constraints")
+        if not records:
+            raise ConstraintError(
+                "no constraint was given: expected for example ce.constraints.weight(model, level=...)"
+            )
+        self.base, self.options = base, options
+        self.step = 0
+        self.scales = tuple(record for record in records if isinstance(record, ScaleSchedule))
+        self.penalties = tuple(record for record in records if isinstance(record, Penalty))
+        stated = [record for record in records if isinstance(record, Constraint)]
+        self.records = tuple(sorted(stated, key=lambda record: record.type == "equality"))
+        self.slices = tuple(_ranges([len(record.terms) for record in self.records]))
+        self.names = tuple(f"{name} ({record.measure.name})" for record in self.records for name in record.terms.names)
+        self.terms = Terms.of(list(_unique(records)))
+        self._check(records)
+        self._charged: list[Constraint | Penalty] = [*self.records, *self.penalties]
+        for stack in self.terms.stacks:
+            _tensors.adjoin_(self.terms.weights()[stack])
+        self.multipliers = self._make_multipliers() if self.records else None
+        weight = self.terms.modules[0].weight
+        zeros = partial(torch.zeros, len(self.names), dtype=self.terms.precision, device=weight.device)
+        self.values, self.levels, self.excess, self.slacks = zeros(), zeros(), zeros(), zeros()
+        self.violations = self.excess if not self._resilient else zeros()
+        position = {id(term): i for i, term in enumerate(self.terms.modules)}
+        self._places = [
+            torch.tensor([position[id(term)] for term in record.terms.modules], device=weight.device)
+            for record in self._charged
+        ]
+        self._levels = [0.0] * len(self.records)
+        self._compared = list(self._levels)
+        self._trained = self._warned = False
+        self._scratch = _tensors.Scratch()
+        self._take_up()
+
+    def _make_multipliers(self) -> Multipliers:
+        options, weight = self.options, self.terms.modules[0].weight
+        precision, device = self.terms.precision, weight.device
+        prices = [
+            record.slack.price if record.slack and record.slack.cost == "linear" else torch.inf
+            for record in self.records
+            for _ in record.terms.names
+        ]
+        inequalities = sum(len(record.terms) for record in self.records if record.type == "inequality")
+        return Multipliers(
+            inequalities,
+            len(prices) - inequalities,
+            formulation=options.formulation,
+            penalty=options.penalty,
+            penalty_growth=options.penalty_growth,
+            dual=options.dual,
+            dual_lr=options.dual_lr,
+            dtype=precision,
+            device=device,
+            ceilings=torch.tensor(prices, dtype=precision, device=device) if min(prices) < torch.inf else None,
+        )
+
+    @property
+    def _resilient(self) -> bool:
+        return any(record.slack for record in self.records)
+
+    @torch.no_grad()
+    def _take_up(self) -> None:
+        """Take up the schedules at the current step, without touching the terms."""
+        self._write_levels()
+        self._write_scales()
+        self._set_pinned([self._pins(record, level) for record, level in zip(self.records, self._levels, strict=True)])
+
+    # --- a step ---
+
+    @torch.no_grad()
+    def before(self, *, first: bool = True) -> None:
+        """Turn the task's gradients into those of the Lagrangian.
+
+        Args:
+            first: whether this is the first evaluation of the step, the one that the multipliers see.
+        """
+        moving = first and self.options.enforce != "projection" and not self._frozen()
+        if self.multipliers is not None:
+            self._measure(synchronise=first)
+            if moving and self.options.order == "dual-primal":
+                self.multipliers.ascend(self.violations)
+                self._give_way()
+            self._coefficients = self.multipliers.coefficients(self.violations)
+        charges = [self._charge(penalty) for penalty in self.penalties]
+        if self.options.enforce == "multipliers":
+            charges += [
+                _Charge(record, self._part(self._coefficients, part), self._part(self.values, part))
+                for record, part, pinned in self._stated()
+                if not pinned
+            ]
+        self._write_gradients(charges)
+        if moving and self.options.order == "simultaneous" and self.multipliers is not None:
+            self.multipliers.ascend(self.violations)
+
+    @torch.no_grad()
+    def after(self) -> None:
+        """Put the terms back where they belong, and move on to the next level."""
+        self._project_weights()
+        if self.options.enforce == "proximal":
+            self._shrink()
+        if self.options.order == "primal-dual" and self.options.enforce != "projection" and self.multipliers is not None:
+            if not self._frozen():
+                self._measure(synchronise=False)
+                self.multipliers.ascend(self.violations)
+        self.step += 1
+        self._write_levels()
+        self._write_scales()
+        if self.options.enforce == "projection":
+            self._project_onto_balls()
+        self._pin()
+
+    def finite(self) -> bool:
+        """Whether the step may be taken, as `on_nonfinite` says; reads the device unless that is `ignore`."""
+        if self.options.on_nonfinite == "ignore":
+            return True
+        bad = _nonfinite(self.base.param_groups)
+        if bad and self.options.on_nonfinite == "raise":
+            raise NonFiniteError(
+                f"step {self.step}: {len(bad)} parameters have gradients that are not finite, first of shape {bad[0]}; "
+                "nothing was updated. Lower the learning rate, clip gradients, or pass on_nonfinite='skip'"
+            )
+        return not bad
+
+    def lagrangian(self) -> Tensor | float:
+        """What the constraints added to the loss in the last evaluation."""
+        total: Tensor | float = 0.0
+        if self.multipliers is not None and self.options.enforce == "multipliers":
+            total = self.multipliers.lagrangian(self.violations)
+        for penalty in self.penalties:
+            total = total + value_at(penalty.coefficient, self.step) * penalty.measure.values(penalty.terms).sum()
+        return total
+
+    def readings(self) -> Readings:
+        """Return copies of the vectors."""
+        levels = self.levels.clone()
+        for part, now, compared in zip(self.slices, self._levels, self._compared, strict=True):
+            if now != compared:
+                levels[part].fill_(compared)
+        multipliers = self.values if self.multipliers is None else self.multipliers.values.to(self.values)
+        return Readings(self.step, self.names, self.values.clone(), levels, multipliers.clone(), self.slacks.clone())
+
+    def release(self) -> None:
+        """Forget all constraints."""
+        self.records, self.scales, self.penalties, self.names, self.slices = (), (), (), (), ()
+        self.terms = Terms((), (), ())
+        self.multipliers = None
+        self._levels, self._compared = [], []
+        self._set_pinned([])
+
+    # --- state ---
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return plain tensors and numbers, loadable with `weights_only=True`."""
+        return {
+            "version": _VERSION,
+            "step": self.step,
+            "names": list(self.names),
+            "trained": self._trained,
+            "dual": {} if self.multipliers is None else self.multipliers.state_dict(),
+        }
+
+    def check_state_dict(self, state: dict[str, Any]) -> None:
+        """Refuse a state that belongs to other constraints."""
+        if state.get("version") != _VERSION:
+            raise CheckpointError(f"checkpoint version {state.get('version')!r}: expected {_VERSION}")
+        if list(state["names"]) != list(self.names):
+            raise CheckpointError(
+                f"the checkpoint's constraints are {state['names']}: expected {list(self.names)}; relax and constrain "
+                "as in the saved run"
+            )
+        if self.multipliers is not None:
+            self.multipliers.check_state_dict(state["dual"])
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue where the state was saved."""
+        if self.multipliers is not None:
+            self.multipliers.load_state_dict(state["dual"])
+        self.step, self._trained = state["step"], state["trained"]
+        self._take_up()
+        self._compared = list(self._levels)
+
+    # --- parts of a step ---
+
+    def _stated(self) -> Iterator[tuple[Constraint, slice, bool]]:
+        return zip(self.records, self.slices, self._pinned, strict=True)
+
+    def _part(self, vector: Tensor, part: slice) -> Tensor:
+        return vector if len(self.slices) == 1 else vector[part]
+
+    def _measure(self, *, synchronise: bool) -> None:
+        for record, part in zip(self.records, self.slices, strict=True):
+            if synchronise and record.measure.synchronise is not None:
+                record.measure.synchronise(record.terms)
+            self._part(self.values, part).copy_(record.measure.values(record.terms))
+        torch.sub(self.values, self.levels, out=self.excess)
+        self.excess.nan_to_num_(0.0, 0.0, 0.0)  # what is not finite moves no multiplier
+        self._compared = list(self._levels)
+        self._give_way()
+
+    def _give_way(self) -> None:
+        """Subtract the slack that is best for the current multipliers."""
+        if self.multipliers is None or not self._resilient:
+            return
+        multipliers, penalties = self.multipliers.values, self.multipliers.penalties
+        for record, part in zip(self.records, self.slices, strict=True):
+            if record.slack is not None:
+                signed = record.type == "equality"
+                slack = record.slack.solve(multipliers[part], self.excess[part], penalties[part], signed)
+                self.slacks[part].copy_(slack)
+        torch.sub(self.excess, self.slacks, out=self.violations)
+
+    def _charge(self, penalty: Penalty) -> _Charge:
+        if penalty.measure.synchronise is not None:
+            penalty.measure.synchronise(penalty.terms)
+        values = penalty.measure.values(penalty.terms)
+        return _Charge(penalty, torch.full_like(values, value_at(penalty.coefficient, self.step)), values)
+
+    def _write_gradients(self, charges: Sequence[_Charge]) -> None:
+        """Project the task's gradients and add what the constraints pull with.
+
+        Whole norms are added in the same pass over memory, for a second pass would cost as much as the first.
+        """
+        shares = self._shares([charge for charge in charges if _is_whole_norm(charge.record)])
+        for stack in self._awake:
+            chosen = [
+                (i, weight)
+                for i, table in zip(stack.positions, stack.tables, strict=True)
+                if (weight := table["weight"]).requires_grad and (shares is not None or weight.grad is not None)
+            ]
+            if not chosen:
+                continue
+            weights = [weight for _, weight in chosen]
+            gradients = _tensors.gradients(weights)
+            plus = None if shares is None else (weights, _take(shares, [i for i, _ in chosen]))
+            if stack.term.complement:
+                _tensors.map_stacked_(gradients, partial(_finite_complement, stack.term), self._scratch, plus=plus)
+            elif plus is not None:
+                _tensors.add_scaled_(gradients, *plus)
+        for record, coefficients, _ in charges:
+            if not _is_whole_norm(record):
+                record.measure.pull(record.terms, coefficients)
+        for record, _, pinned in self._stated():
+            if pinned and _pins_whole(record):
+                for weight in record.terms.weights():
+                    weight.grad = None
+            elif pinned:  # the equivariant part of a free term goes on learning
+                for rows in record.terms.stacks:
+                    gradients = _tensors.gradients(record.terms.weights()[rows])
+                    term = record.terms.modules[rows.start]
+                    _tensors.map_stacked_(gradients, partial(_equivariant_part, term), self._scratch)
+
+    def _shares(self, charges: Sequence[_Charge]) -> Tensor | None:
+        """By how much of each of `self.terms` the gradient grows."""
+        total = None
+        for record, coefficients, values in charges:
+            shares = norm_shares(record.measure, record.terms, coefficients, values)
+            if record.terms.modules != self.terms.modules:
+                place = self._places[self._charged.index(record)]
+                shares = self.levels.new_zeros(len(self.terms)).index_add_(0, place, shares)
+            total = shares if total is None else total + shares
+        return total
+
+    def _project_weights(self) -> None:
+        for stack in self._awake:
+            if stack.term.complement:
+                weights = [table["weight"] for table in stack.tables]
+                _tensors.map_stacked_(weights, stack.term.projection.complement_, self._scratch)
+
+    def _project_onto_balls(self) -> None:
+        """Scale what is constrained by min(1, level / value); every measure is homogeneous in it."""
+        for record, part in zip(self.records, self.slices, strict=True):
+            values, levels = record.measure.values(record.terms).to(self.levels).abs(), self.levels[part]
+            self._rescale(record, torch.where(values > levels, levels / values, 1.0))
+
+    def _shrink(self) -> None:
+        """Take the proximal step of rate * coefficient * value: what is constrained moves towards 0 and stops there."""
+        for record, part, pinned in self._stated():
+            if pinned:
+                continue
+            values = record.measure.values(record.terms).to(self.levels).abs()
+            slopes = 1.0 if record.measure.slope is None else record.measure.slope(record.terms).square()
+            pull = self._rates(record.terms) * slopes * self._coefficients[part]
+            self._rescale(record, torch.where(values > 0, 1.0 - pull / values, 1.0).clamp_min_(0))
+
+    def _rates(self, terms: Terms) -> Tensor | float:
+        """Learning rates of the terms: one number where they share it, which is the rule."""
+        rate = {id(p): group["lr"] for group in self.base.param_groups for p in group["params"]}
+        rates = [rate[id(weight)] for weight in terms.weights()]
+        if all(r is rates[0] or (isinstance(r, float) and r == rates[0]) for r in rates):
+            return rates[0]  # type: ignore[no-any-return]
+        return torch.stack([torch.as_tensor(r, device=self.levels.device) for r in rates]).to(self.levels)
+
+    def _rescale(self, record: Constraint, factors: Tensor) -> None:
+        if record.measure.target == "gate":
+            _tensors.scale_(record.terms.gates(), factors)
+        else:
+            weights = record.terms.weights()
+            _tensors.add_scaled_(weights, record.terms.parts(record.measure.part), factors - 1.0)
+
+    def _pin(self) -> None:
+        """Where a level is exactly 0, set what is constrained to exactly 0 and forget its base state."""
+        before = self._pinned
+        self._set_pinned([self._pins(record, level) for record, level in zip(self.records, self._levels, strict=True)])
+        for (record, _, now), earlier in zip(self._stated(), before, strict=True):
+            if not now:
+                continue
+            weights = record.terms.weights()
+            if _pins_whole(record):
+                _tensors.zero_(weights)
+                if not earlier:
+                    for weight in weights:
+                        self.base.state.pop(weight, None)
+            else:
+                self._rescale(record, torch.zeros_like(self.levels[: len(weights)]))
+
+    def _pins(self, record: Constraint, level: float) -> bool:
+        return (
+            self.options.at_zero == "clear"
+            and level == 0
+            and record.type == "inequality"
+            and record.slack is None
+            and record.measure.target == "weight"
+        )
+
+    def _set_pinned(self, pinned: list[bool]) -> None:
+        self._pinned = pinned
+        asleep = {
+            id(term)
+            for record, now in zip(self.records, pinned, strict=True)
+            if now and _pins_whole(record)
+            for term in record.terms.modules
+        }
+        self._awake = []
+        for stack in self.terms.stacks:
+            places = [i for i in range(stack.start, stack.stop) if id(self.terms.modules[i]) not in asleep]
+            terms = [self.terms.modules[i] for i in places]
+            if terms:
+                self._awake.append(_Stack(terms[0], places, [_parameters(term) for term in terms]))
+
+    def _write_levels(self) -> None:
+        for i, (record, part) in enumerate(zip(self.records, self.slices, strict=True)):
+            level = value_at(record.level, self.step)
+            if level < 0 and record.type == "inequality":
+                raise ConstraintError(
+                    f"level {level} at step {self.step}: expected a bound >= 0, for {record.measure.name} is never "
+                    "negative"
+                )
+            if level != self._levels[i]:
+                self.levels[part].fill_(level)
+                self._levels[i] = level
+
+    def _write_scales(self) -> None:
+        for record in self.scales:
+            _tensors.fill_(record.terms.scales(), value_at(record.schedule, self.step))
+
+    def _frozen(self) -> bool:
+        """Whether the terms cannot move, so that multipliers would wind up; only rates known to the host count."""
+        groups = self.base.param_groups
+        marked = [group for group in groups if group.get("terms")] or groups
+        frozen = all(isinstance(group["lr"], int | float) and group["lr"] == 0 for group in marked)
+        if frozen and self._trained and not self._warned and any(level > 0 for level in self._levels):
+            self._warned = True
+            warnings.warn(
+                f"step {self.step}: the learning rate of the terms is 0 while a level is {max(self._levels):.3g}: "
+                "the terms are frozen and cannot follow; end the level schedule before the learning-rate schedule",
+                stacklevel=4,
+            )
+        self._trained |= not frozen
+        return frozen
+
+    # --- checks of what was asked for ---
+
+    def _check(self, records: Sequence[Record]) -> None:
+        if repeated := sorted({name for name in self.names if self.names.count(name) > 1}):
+            raise ConstraintError(
+                f"{repeated[0]!r} is constrained twice: expected each layer once per measure; use where="
+            )
+        known = {id(p) for group in self.base.param_groups for p in group["params"]}
+        missing = [
+            name
+            for name, term in zip(self.terms.names, self.terms.modules, strict=True)
+            if any(id(p) not in known for p in term.parameters())
+        ]
+        if missing:
+            raise ConstraintError(
+                f"the base optimizer does not hold the terms of {missing}: build it after ce.relax(model), for example "
+                "torch.optim.AdamW(ce.parameter_groups(model, lr=1e-3))"
+            )
+        for record in self.records:
+            if self.options.enforce == "proximal" and record.measure.slope is None and record.measure.target != "gate":
+                raise ConstraintError(
+                    f"enforce='proximal' with measure {record.measure.name!r}: expected a norm (weight, relative) or a "
+                    "gate, whose proximal step has a closed form"
+                )
+            self._check_slack(record)
+
+    def _check_slack(self, record: Constraint) -> None:
+        if record.slack is None:
+            return
+        if self.options.enforce == "projection":
+            raise ConstraintError(
+                "enforce='projection' allows no excess over a level: use enforce='multipliers' with "
+                "ce.constraints.resilient"
+            )
+        named = self.options.formulation
+        if record.slack.cost != "quadratic" and named != "augmented_lagrangian":
+            raise ConstraintError(
+                f"a slack of {record.slack.cost} cost with formulation {named!r}: expected 'augmented_lagrangian', "
+                "which determines the slack"
+            )
+
+
+def _is_whole_norm(record: Constraint | Penalty) -> bool:
+    return record.measure.slope is not None and _pins_whole(record)
+
+
+def _take(vector: Tensor, positions: list[int]) -> Tensor:
+    """Entries at positions known to the host, without a copy to the device."""
+    if positions[-1] - positions[0] == len(positions) - 1:
+        return vector[positions[0] : positions[-1] + 1]
+    single = vector.unbind()
+    return torch.stack([single[i] for i in positions])
+
+
+def _parameters(term: nn.Module) -> dict[str, Any]:
+    """A module's own table of parameters, which outlives the parameters in it and is quick to look up."""
+    return term._parameters
+
+
+def _finite_complement(term: NonEquivariantTerm, gradients: Tensor) -> Tensor:
+    """Drop from the gradients of a stack what is not finite and their equivariant part."""
+    return term.projection.complement_(torch.nan_to_num_(gradients, 0.0, 0.0, 0.0))
+
+
+def _equivariant_part(term: NonEquivariantTerm, gradients: Tensor) -> Tensor:
+    return gradients - term.projection.complement_(gradients.clone())
+
+
+def _pins_whole(record: Constraint | Penalty) -> bool:
+    """Whether the constrained part is all of W, so that a level of 0 ends the term."""
+    return record.measure.part == "whole" or record.terms.complement
+
+
+def _unique(records: Iterable[Record]) -> Iterator[tuple[str, NonEquivariantTerm]]:
+    seen: set[int] = set()
+    for record in records:
+        for name, term in zip(record.terms.names, record.terms.modules, strict=True):
+            if id(term) not in seen:
+                seen.add(id(term))
+                yield name, term
+
+
+def _ranges(sizes: list[int]) -> Iterator[slice]:
+    start = 0
+    for size in sizes:
+        yield slice(start, start + size)
+        start += size
+
+
+def _nonfinite(param_groups: list[dict[str, Any]]) -> list[tuple[int, ...]]:
+    """Shapes of the parameters whose gradients are not finite; one host read when all is well."""
+    gradients = [p.grad for group in param_groups for p in group["params"] if p.grad is not None]
+    if not gradients:
+        return []
+    total = _tensors.whole(torch.nn.utils.get_total_norm(gradients))
+    if bool(torch.isfinite(total)):
+        return []
+    return [tuple(g.shape) for g in gradients if not bool(torch.isfinite(_tensors.locals_([g])[0]).all())]

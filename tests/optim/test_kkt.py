@@ -1,0 +1,215 @@
+"""Problems whose solutions are known: primal, multiplier and slack, within tolerance."""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import constrained_equiv as ce
+from tests.optim.toys import layers, minimise, multipliers
+
+SGD = {"lr": 0.1}
+
+
+def pulled_to(terms: list[Any], targets: list[Tensor], curvature: float = 1.0) -> Any:
+    """sum of curvature / 2 || W - target ||^2."""
+    return lambda: sum(
+        0.5 * curvature * (term.weight - target).square().sum() for term, target in zip(terms, targets, strict=True)
+    )
+
+
+ROUTES = {
+    "augmented": {},
+    "augmented, simultaneous": {"order": "simultaneous"},
+    "augmented, primal-dual": {"order": "primal-dual"},
+    "augmented, own dual rate": {"dual_lr": 0.2},
+    "growing penalty": {"penalty": 0.1, "penalty_growth": 1.01},
+    "lagrangian": {"formulation": "lagrangian", "dual_lr": 0.1},
+    "lagrangian with nuPI": {"formulation": "lagrangian", "dual": "nupi", "dual_lr": 0.1},
+    "proximal": {"enforce": "proximal"},
+}
+
+
+@pytest.mark.parametrize("options", ROUTES.values(), ids=ROUTES.keys())
+def test_a_quadratic_over_balls_has_its_closed_form_solution(options: dict[str, Any]) -> None:
+    """One ball is active, one is not: W = A min(1, radius / ||A||), lambda = sqrt(rows) (||A|| - radius)_+."""
+    model, terms = layers((4, 3), (4, 3))
+    targets = [torch.randn(4, 3, dtype=torch.float64) for _ in terms]
+    targets = [target * (size / target.norm()) for target, size in zip(targets, (3.0, 0.5), strict=True)]
+    level = 0.5  # radius 0.5 * sqrt(4) = 1
+    constraint = ce.constraints.weight(model, level=level)
+    optimizer = ce.ConstrainedOptimizer(torch.optim.SGD(model.parameters(), **SGD), constraint, **options)
+    minimise(optimizer, pulled_to(terms, targets), 800)
+    assert torch.allclose(terms[0].weight, targets[0] / 3.0, atol=1e-6)
+    assert torch.allclose(terms[1].weight, targets[1], atol=1e-6)
+    assert torch.allclose(multipliers(optimizer), torch.tensor([2.0 * (3.0 - 1.0), 0.0]).double(), atol=1e-5)
+
+
+def test_projection_finds_the_same_primal_solution() -> None:
+    model, terms = layers((4, 3))
+    target = torch.randn(4, 3, dtype=torch.float64)
+    constraint = ce.constraints.weight(model, level=0.1)
+    base = torch.optim.SGD(model.parameters(), **SGD)
+    optimizer = ce.ConstrainedOptimizer(base, constraint, enforce="projection")
+    for _ in range(200):
+        optimizer.zero_grad()
+        pulled_to(terms, [target])().backward()
+        optimizer.step()
+        assert terms[0].weight.norm() <= 0.2 * (1 + 1e-12)  # feasible at all times
+    assert torch.allclose(terms[0].weight, target * 0.2 / target.norm(), atol=1e-12)
+
+
+@pytest.mark.parametrize("enforce", ["projection", "proximal", "multipliers"])
+def test_nothing_moves_at_the_origin(enforce: Any) -> None:
+    """W = 0 without a task: every route has the sub-gradient 0 there, and none divides by zero."""
+    model, terms = layers((4, 3))
+    constraint = ce.constraints.weight(model, level=0.0)
+    base = torch.optim.Adam(model.parameters())
+    optimizer = ce.ConstrainedOptimizer(base, constraint, enforce=enforce, at_zero="multipliers")
+    minimise(optimizer, lambda: (0.0 * terms[0].weight).sum(), 3)
+    assert torch.equal(terms[0].weight, torch.zeros(4, 3, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("base", [torch.optim.SGD, torch.optim.Adam])
+def test_proximal_steps_reach_exact_zero_in_finite_time(base: Any) -> None:
+    model, terms = layers((4, 3))
+    target = torch.full((4, 3), 0.3, dtype=torch.float64)
+    optimizer = ce.ConstrainedOptimizer(
+        base(model.parameters(), lr=0.05),
+        ce.constraints.weight(model, level=0.0),
+        enforce="proximal",
+        at_zero="multipliers",
+    )
+    minimise(optimizer, pulled_to(terms, [target]), 800)
+    assert torch.equal(terms[0].weight, torch.zeros_like(target))
+
+
+def test_a_level_that_falls_to_zero_ends_in_exact_zero_without_wind_up() -> None:
+    model, terms = layers((4, 3))
+    target = torch.full((4, 3), 0.3, dtype=torch.float64)
+    constraint = ce.constraints.weight(model, level=ce.schedules.cosine(0.5, 0.0, 400))
+    optimizer = ce.ConstrainedOptimizer(torch.optim.Adam(model.parameters(), lr=0.02), constraint)
+    minimise(optimizer, pulled_to(terms, [target]), 450, decay=True)
+    assert torch.equal(terms[0].weight, torch.zeros_like(target))
+    true = math.sqrt(4) * float(target.norm())
+    assert 0 < float(multipliers(optimizer)[0]) < 1.5 * true
+
+
+@pytest.mark.parametrize("signed", [1.0, -1.0])
+def test_equality_of_a_gate_has_a_signed_multiplier(signed: float) -> None:
+    """min 1/2 (gamma - a)^2 subject to gamma = 0.2: lambda = a - 0.2, of either sign."""
+    model, terms = layers((2, 2), gate=True)
+    constraint = ce.constraints.gate(model, level=0.2)
+    optimizer = ce.ConstrainedOptimizer(torch.optim.SGD(model.parameters(), **SGD), constraint)
+    minimise(optimizer, lambda: 0.5 * (terms[0].gate - signed).square(), 500)
+    assert torch.allclose(terms[0].gate, torch.tensor(0.2).double(), atol=1e-8)
+    assert torch.allclose(multipliers(optimizer), torch.tensor([signed - 0.2]).double(), atol=1e-8)
+
+
+@pytest.mark.parametrize("size", [3.0, 0.1])
+def test_equality_of_a_norm_holds_from_both_sides(size: float) -> None:
+    """min 1/2 || W - A ||^2 subject to || W || = 1: W = A / || A ||, lambda = sqrt(rows) (|| A || - 1)."""
+    model, terms = layers((4, 3))
+    target = torch.randn(4, 3, dtype=torch.float64)
+    target *= size / target.norm()
+    with torch.no_grad():
+        terms[0].weight.copy_(target)
+    constraint = ce.constraints.weight(model, level=0.5, type="equality")
+    optimizer = ce.ConstrainedOptimizer(torch.optim.SGD(model.parameters(), **SGD), constraint)
+    minimise(optimizer, pulled_to(terms, [target]), 800)
+    assert torch.allclose(terms[0].weight, target / size, atol=1e-6)
+    assert torch.allclose(multipliers(optimizer), torch.tensor([2.0 * (size - 1.0)]).double(), atol=1e-6)
+
+
+# --- ridge and resilience ---
+
+
+@pytest.mark.parametrize("weight", [0.5, 2.0])
+def test_the_quadratic_penalty_is_ridge(weight: float) -> None:
+    """1/2 || W - A ||^2 + (c / 2) || W ||^2 / rows has the solution A / (1 + c / rows)."""
+    model, terms = layers((4, 3))
+    target = torch.randn(4, 3, dtype=torch.float64)
+    optimizer = ce.ConstrainedOptimizer(
+        torch.optim.SGD(model.parameters(), **SGD),
+        ce.constraints.weight(model, level=0.0),
+        formulation="quadratic_penalty",
+        penalty=weight,
+        at_zero="multipliers",
+    )
+    minimise(optimizer, pulled_to(terms, [target]), 500)
+    assert torch.allclose(terms[0].weight, target / (1 + weight / 4), atol=1e-10)
+
+
+@pytest.mark.parametrize("formulation", ["lagrangian", "augmented_lagrangian"])
+@pytest.mark.parametrize("kind", ["inequality", "equality"])
+def test_resilience_with_quadratic_cost_is_ridge(formulation: Any, kind: Any) -> None:
+    """J = 1/2 (gamma - 0.6)^2 with price 1: gamma = u = lambda = 0.3, for inequalities and equalities alike."""
+    model, terms = layers((1, 1), gate=True)
+    constraint = ce.constraints.resilient(ce.constraints.gate(model, type=kind), cost="quadratic", price=1.0)
+    base = torch.optim.SGD(model.parameters(), **SGD)
+    optimizer = ce.ConstrainedOptimizer(base, constraint, formulation=formulation, dual_lr=0.1)
+    minimise(optimizer, lambda: 0.5 * (terms[0].gate - 0.6).square(), 800)
+    now = optimizer.readings()
+    for found in (terms[0].gate.detach(), now.slacks[0], now.multipliers[0]):
+        assert float(found) == pytest.approx(0.3, abs=1e-6)
+
+
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+@pytest.mark.parametrize(("target", "gate", "multiplier"), [(0.6, 0.4, 0.2), (0.15, 0.0, 0.15)])
+def test_linear_cost_saturates_at_the_price(target: float, gate: float, multiplier: float, sign: float) -> None:
+    """min 1/2 (gamma - a)^2 + 0.2 u, |gamma| <= u: asymmetry that is worth less than its price ends at 0."""
+    model, terms = layers((1, 1), gate=True)
+    constraint = ce.constraints.resilient(ce.constraints.gate(model), cost="linear", price=0.2)
+    optimizer = ce.ConstrainedOptimizer(torch.optim.SGD(model.parameters(), **SGD), constraint)
+    for _ in range(500):
+        minimise(optimizer, lambda: 0.5 * (terms[0].gate - sign * target).square(), 1)
+        assert float(multipliers(optimizer).abs()) <= 0.2 + 1e-12
+    assert float(terms[0].gate.detach()) == pytest.approx(sign * gate, abs=1e-6)
+    assert float(multipliers(optimizer)[0]) == pytest.approx(sign * multiplier, abs=1e-6)
+
+
+def test_a_shared_budget_goes_to_the_layers_that_need_it_most() -> None:
+    """min sum 1/2 (v_i - a_i)^2 with sum v_i <= 1, v >= 0: the projection of a onto the simplex."""
+    model, terms = layers((1, 1), (1, 1), (1, 1))
+    wanted = [0.9, 0.7, 0.1]
+    constraint = ce.constraints.resilient(ce.constraints.weight(model, level=0.0), cost="budget", price=1.0)
+    optimizer = ce.ConstrainedOptimizer(torch.optim.SGD(model.parameters(), **SGD), constraint)
+    minimise(optimizer, pulled_to(terms, [torch.full((1, 1), a).double() for a in wanted]), 1_500, decay=True)
+    now = optimizer.readings()
+    expected = torch.tensor([0.6, 0.4, 0.0]).double()
+    assert torch.allclose(torch.cat([t.weight.detach().flatten() for t in terms]), expected, atol=1e-3)
+    assert torch.allclose(now.slacks, expected, atol=1e-3)
+    assert torch.allclose(now.multipliers[:2], torch.tensor([0.3, 0.3]).double(), atol=5e-3)
+
+
+def test_an_ample_budget_changes_nothing() -> None:
+    model, terms = layers((1, 1), (1, 1))
+    constraint = ce.constraints.resilient(ce.constraints.weight(model, level=0.0), cost="budget", price=5.0)
+    optimizer = ce.ConstrainedOptimizer(torch.optim.SGD(model.parameters(), **SGD), constraint)
+    minimise(optimizer, pulled_to(terms, [torch.full((1, 1), a).double() for a in (0.9, 0.7)]), 500)
+    assert torch.allclose(torch.cat([t.weight.detach().flatten() for t in terms]), torch.tensor([0.9, 0.7]).double())
+    assert torch.equal(multipliers(optimizer), torch.zeros(2).double())
+
+
+# --- where METHOD predicts failure ---
+
+
+def _gate_after(steps: int, **options: Any) -> float:
+    model, terms = layers((1, 1), gate=True)
+    base = torch.optim.SGD([p for t in terms for p in t.parameters()], lr=0.01)
+    optimizer = ce.ConstrainedOptimizer(base, ce.constraints.gate(model), **options)
+    largest = 0.0
+    for step in range(steps):
+        minimise(optimizer, lambda: 0.005 * (terms[0].gate - 1.0).square(), 1)
+        largest = max(largest, abs(float(terms[0].gate.detach()))) if step >= 0.9 * steps else 0.0
+    return largest
+
+
+def test_simultaneous_ascent_spirals_on_a_flat_direction_and_an_augmented_term_does_not() -> None:
+    """Curvature 0.01 along the term, equal rates 0.01: contraction needs a dual rate below the curvature."""
+    plain = {"formulation": "lagrangian", "order": "simultaneous", "dual_lr": 0.01}
+    assert _gate_after(2_000, **plain) > 0.5
+    assert _gate_after(2_000, penalty=1.0, dual_lr=0.01, order="simultaneous") < 1e-3
+    assert _gate_after(2_000) < 1e-3
