@@ -122,7 +122,7 @@ class Monitor:
         return {
             "steps": [r.step for r in self._records],
             "names": list(self._records[0].names) if self._records else [],
-            "tensors": [[r.values, r.levels, r.multipliers] for r in self._records],
+            "tensors": [[r.values, r.levels, r.multipliers, r.slacks] for r in self._records],
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

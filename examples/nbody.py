@@ -46,9 +46,14 @@ def make_task(options: argparse.Namespace) -> harness.Task:
         symmetry=ce.Symmetry(
             ce.groups.E3(), inputs=(ce.actions.points, ce.actions.vectors, None), outputs=ce.actions.points
         ),
-        where=lambda name, layer: name.endswith((".update.0", ".update.1")),  # as published: the update products
+        where=updates if options.relax == "updates" else None,
         augment=turn if options.augment else None,
     )
+
+
+def updates(name: str, layer: nn.Module) -> bool:
+    """Choose the products that update the nodes, as published."""
+    return name.endswith((".update.0", ".update.1"))
 
 
 def turn(batch: harness.Batch, generator: torch.Generator) -> harness.Batch:
@@ -59,10 +64,11 @@ def turn(batch: harness.Batch, generator: torch.Generator) -> harness.Batch:
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = command.parser(__doc__, out="nbody", epochs=150, samples=500, batch=50, lr=2e-3)
+    parser = command.parser(__doc__, out="nbody", epochs=150, samples=500, batch=50, lr=4e-3)
     parser.add_argument("--validation", type=int, default=500, help="validation and test samples, each")
     parser.add_argument("--hidden", default="16x0e+16x1o", help="irreps of the features")
     parser.add_argument("--layers", type=int, default=3)
+    parser.add_argument("--relax", choices=["updates", "all"], default="updates", help="which layers get a term")
     parser.add_argument("--augment", action=argparse.BooleanOptionalAction, default=True, help="random rotations")
     return parser.parse_args(arguments)
 
