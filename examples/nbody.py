@@ -64,11 +64,11 @@ def turn(batch: harness.Batch, generator: torch.Generator) -> harness.Batch:
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = command.parser(__doc__, out="nbody", epochs=150, samples=500, batch=50, lr=4e-3)
+    parser = command.parser(__doc__, out="nbody", epochs=120, samples=500, batch=50, lr=4e-3)
     parser.add_argument("--validation", type=int, default=500, help="validation and test samples, each")
     parser.add_argument("--hidden", default="16x0e+16x1o", help="irreps of the features")
     parser.add_argument("--layers", type=int, default=3)
-    parser.add_argument("--relax", choices=["updates", "all"], default="updates", help="which layers get a term")
+    parser.add_argument("--relax", choices=["updates", "all"], default="all", help="which layers get a term")
     parser.add_argument("--augment", action=argparse.BooleanOptionalAction, default=True, help="random rotations")
     return parser.parse_args(arguments)
 

@@ -1,0 +1,148 @@
+"""What a constrained step costs: `step()` over the base optimizer's step on the same parameters, side by side.
+
+    python -m examples.benchmarks.optimizer_overhead [--counts 10 100 1000] [--steps 30] [--device cpu] [--irreps ...]
+
+A network of N relaxed e3nn layers; gradients are fixed, so that only optimizers are timed. Every variant owns a copy of
+the network. Variants take turns, and medians are compared. Stock Cooper owns forward and backward, so its `roll` is
+timed on a loss of one product per parameter, and compared with a plain step with that same loss.
+"""
+
+import argparse
+import copy
+import time
+from collections.abc import Callable
+from statistics import median
+from typing import Any
+
+import cooper
+import torch
+from e3nn import o3
+from torch import Tensor, nn
+
+import constrained_equiv as ce
+from examples.benchmarks.step_overhead import interleaved
+
+Step = Callable[[], object]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--counts", type=int, nargs="+", default=[10, 100, 1_000])
+    parser.add_argument("--irreps", nargs="+", default=["16x0e + 16x1o", "32x0e + 32x1o"])
+    parser.add_argument("--steps", type=int, default=30, help="timed steps of each variant")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--without-cooper", action="store_true", help="leave stock Cooper out")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    device = torch.device(options.device)
+    for irreps in options.irreps:
+        dim = o3.Irreps(irreps).dim
+        print(f"\n{irreps}: terms of {dim} x {dim}, {device}, {options.threads} thread(s); ratios to plain Adam (ms)")
+        for count in options.counts:
+            steps = max(options.steps * 100 // max(count, 100), 5)
+            report(count, irreps, device, steps, not options.without_cooper)
+
+
+def report(count: int, irreps: str, device: torch.device, steps: int, stock: bool) -> None:
+    """Print the ratios of one size."""
+    free, complement = network(count, irreps, False, device), network(count, irreps, True, device)
+    own = type("Own", (cooper.formulations.AugmentedLagrangian,), {})  # has no closed form here
+    runs = {
+        "Adam": plain(complement),
+        "ours, free": constrained(free),
+        "ours, complement": constrained(complement),
+        "ours through Cooper, free": constrained(free, formulation=own),
+    }
+    times = interleaved(runs, steps, device)
+    cells = [f"{name} {times[name] / times['Adam']:.2f}" for name in list(runs)[1:]]
+    print(f"N = {count:<5} Adam {1e3 * times['Adam']:.2f} ms | " + " | ".join(cells), flush=True)
+    if stock:
+        rolls = {"loss": unconstrained(free), "vector": rolled(free, True), "objects": rolled(free, False)}
+        times = interleaved(rolls, max(steps // 3, 3), device)
+        cells = [
+            f"stock Cooper, {label} {times[name] / times['loss']:.2f}"
+            for name, label in (("vector", "1 constraint of N"), ("objects", "N constraints"))
+        ]
+        print(f"{'':>9} loss + Adam {1e3 * times['loss']:.2f} ms | " + " | ".join(cells), flush=True)
+
+
+def network(count: int, irreps: str, complement: bool, device: torch.device) -> nn.Module:
+    """N relaxed layers with terms and gradients of realistic size."""
+    torch.manual_seed(0)
+    model = ce.relax(nn.ModuleList(o3.Linear(irreps, irreps) for _ in range(count)), complement=complement, init=0.01)
+    return model.to(device)
+
+
+def with_gradients(model: nn.Module) -> nn.Module:
+    model = copy.deepcopy(model)
+    for parameter in model.parameters():
+        parameter.grad = 0.01 * torch.randn_like(parameter)
+    return model
+
+
+def plain(model: nn.Module) -> Step:
+    return torch.optim.Adam(with_gradients(model).parameters(), lr=1e-4).step
+
+
+def constrained(model: nn.Module, **options: Any) -> Step:
+    model = with_gradients(model)
+    base = torch.optim.Adam(model.parameters(), lr=1e-4)
+    return ce.ConstrainedOptimizer(base, ce.constraints.weight(model, level=0.1), **options).step
+
+
+def loss(parameters: list[nn.Parameter]) -> Tensor:
+    return torch.stack([p.sum() for p in parameters]).sum()
+
+
+def unconstrained(model: nn.Module) -> Step:
+    parameters = [nn.Parameter(p.detach().clone()) for p in model.parameters()]
+    optimizer = torch.optim.Adam(parameters, lr=1e-4)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        loss(parameters).backward()
+        optimizer.step()
+
+    return step
+
+
+class Problem(cooper.ConstrainedMinimizationProblem):
+    """The same constraints as a Cooper user states them."""
+
+    def __init__(self, parameters: list[nn.Parameter], terms: list[nn.Parameter], rows: float, vector: bool) -> None:
+        super().__init__()
+        self.parameters, self.terms, self.rows, self.vector = parameters, terms, rows, vector
+        sizes = [len(terms)] if vector else [1] * len(terms)
+        for i, size in enumerate(sizes):
+            setattr(self, f"constraint{i}", constraint(size, terms[0].device))
+
+    def compute_cmp_state(self) -> cooper.CMPState:
+        values = [w.norm() / self.rows**0.5 - 0.1 for w in self.terms]
+        violations = [torch.stack(values)] if self.vector else [v.view(1) for v in values]
+        states = [cooper.ConstraintState(v) for v in violations]
+        return cooper.CMPState(loss(self.parameters), dict(zip(self.constraints(), states, strict=True)))
+
+
+def constraint(size: int, device: torch.device) -> cooper.Constraint:
+    return cooper.Constraint(
+        cooper.ConstraintType.INEQUALITY,
+        cooper.formulations.AugmentedLagrangian,
+        cooper.multipliers.DenseMultiplier(init=torch.zeros(size, device=device)),
+        cooper.penalty_coefficients.DensePenaltyCoefficient(torch.ones(size, device=device)),
+    )
+
+
+def rolled(model: nn.Module, vector: bool) -> Step:
+    model = copy.deepcopy(model)
+    terms = [r.term.weight for r in ce.relaxations(model)]
+    problem = Problem(list(model.parameters()), terms, float(len(terms[0])), vector)
+    dual = torch.optim.SGD([p for m in problem.multipliers() for p in m.parameters()], lr=1.0, maximize=True)
+    primal = torch.optim.Adam(problem.parameters, lr=1e-4)
+    return cooper.optim.AlternatingDualPrimalOptimizer(problem, primal, dual).roll
+
+
+if __name__ == "__main__":
+    start = time.perf_counter()
+    main()
+    print(f"\n{time.perf_counter() - start:.0f} s")
