@@ -169,7 +169,7 @@ def finalize(
 
     folded = {id(r.term): _fold(r, probe, notes) if fold else (0.0, 0.0) for r in leaving}
     removed = {id(r.term): _dropped_norm(r, fold) for r in leaving}
-    remove([r.layer for r in leaving], optimizer)
+    remove(model, [r.layer for r in leaving], optimizer)
     if isinstance(optimizer, ConstrainedOptimizer) and not kept:
         optimizer.release()
 

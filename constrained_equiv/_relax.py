@@ -83,8 +83,8 @@ def relax(
     Args:
         model: an equivariant network, built and, if wanted, loaded; relax before building the optimizer and before
             wrapping in DistributedDataParallel.
-        where: `where(name, layer)` chooses layers; by default every layer with a built-in adapter (e3nn `o3.Linear` and
-            weighted tensor products).
+        where: `where(name, layer)` chooses layers; by default every layer with a built-in adapter: e3nn's `Linear` and
+            weighted tensor products, escnn's `Linear` and convolutions.
         adapter: how to relax the layers that `where` chooses, for example `ce.adapters.linear(...)`; by default the
             built-in one of each.
         complement: keep W orthogonal to the equivariant maps, so that its norm is the layer's distance from
@@ -105,6 +105,10 @@ def relax(
     if adapter is not None and where is None:
         raise RelaxationError(
             "relax got adapter= without where=: expected where=lambda name, layer: ... to choose its layers"
+        )
+    if not callable(init) and not (isinstance(init, int | float) and init >= 0):
+        raise RelaxationError(
+            f"init={init!r}: expected a standard deviation >= 0 or a function such as torch.nn.init.kaiming_uniform_"
         )
     if any(isinstance(m, nn.parallel.DistributedDataParallel) for m in model.modules()):
         raise RelaxationError(
@@ -150,6 +154,7 @@ def relax(
         layer.add_module(CHILD, term)
         layer.__class__ = relaxed
         _refresh(layer)
+    model.register_load_state_dict_pre_hook(_check_state_dict)  # type: ignore[no-untyped-call]
     return model
 
 
@@ -206,8 +211,8 @@ def parameter_groups(
     ]
 
 
-def remove(layers: Iterable[nn.Module], optimizer: torch.optim.Optimizer | None = None) -> None:
-    """Take the terms away: restore each layer's class and keys, and forget the terms' parameters in an optimizer."""
+def remove(model: nn.Module, layers: Iterable[nn.Module], optimizer: torch.optim.Optimizer | None = None) -> None:
+    """Take the terms of some layers of a model away: restore class and keys, and forget their parameters in an optimizer."""
     gone = set()
     for layer in layers:
         gone |= {id(p) for p in term_of(layer).parameters()}
@@ -216,6 +221,10 @@ def remove(layers: Iterable[nn.Module], optimizer: torch.optim.Optimizer | None 
         delattr(layer, CHILD)
         if how.refresh is not None:
             how.refresh(layer)
+    if not relaxations(model):
+        for hooks in (m._load_state_dict_pre_hooks for m in model.modules()):
+            for key in [key for key, hook in hooks.items() if getattr(hook, "hook", None) is _check_state_dict]:
+                del hooks[key]
     if optimizer is not None:
         for group in optimizer.param_groups:
             for parameter in [p for p in group["params"] if id(p) in gone]:
@@ -295,6 +304,13 @@ def _check_attachable(name: str, layer: nn.Module) -> None:
         raise RelaxationError(f"layer {name!r} is lazily built: run one batch through the model before ce.relax(model)")
 
 
+def _check_state_dict(model: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Refuse a checkpoint of a differently relaxed model before anything of it was loaded."""
+    for name, layer in model.named_modules(prefix=prefix.rstrip(".")):
+        if is_relaxed(layer):
+            term_of(layer).check_state_dict(state_dict, f"{name}.{CHILD}.".lstrip("."))
+
+
 def _trainable(layer: nn.Module) -> bool:
     """Whether the term of a layer learns: not where the layer's own weights are frozen."""
     own = [p.requires_grad for p in layer.parameters()]
@@ -307,11 +323,17 @@ def _nothing_matched(model: nn.Module, matched: int) -> str:
             f"{matched} layers were matched, but every linear map of their representations is equivariant already: "
             "nothing to relax; expected at least one layer with non-scalar features"
         )
-    kinds = sorted({type(m).__name__ for m in model.modules() if next(m.parameters(recurse=False), None) is not None})
+    kinds = sorted({_kind(m) for m in model.modules() if next(m.parameters(recurse=False), None) is not None})
     return (
-        f"no layer was matched; layers with weights here: {', '.join(kinds) or 'none'}; expected e3nn layers, or state "
+        f"no layer was matched; layers with weights here: {', '.join(kinds) or 'none'}; expected e3nn or escnn layers, or state "
         "representations: ce.relax(model, where=lambda name, layer: ..., adapter=ce.adapters.linear(inputs, outputs))"
     )
+
+
+def _kind(layer: nn.Module) -> str:
+    if isinstance(layer, torch.jit.ScriptModule):
+        return f"{layer.original_name} in TorchScript (relax the model before scripting it)"
+    return type(layer).__name__
 
 
 def _enable(layers: list[nn.Module], states: list[bool]) -> None:

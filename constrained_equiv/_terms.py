@@ -128,16 +128,22 @@ class NonEquivariantTerm(nn.Module):
     def set_extra_state(self, state: dict[str, Any]) -> None:
         """Do nothing: the description was compared before anything was loaded."""
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        """Load a plain checkpoint, one without terms, as W = 0, and refuse one of a differently relaxed layer."""
+    def check_state_dict(self, state_dict: dict[str, Any], prefix: str) -> bool:
+        """Return whether a checkpoint has this term, under a prefix; refuse one of a differently relaxed layer."""
         if not any(key.startswith(prefix) for key in state_dict):
-            with torch.no_grad():
-                self.weight.zero_()
-            return
+            return False
         saved, own = state_dict.get(f"{prefix}_extra_state", {}), self.get_extra_state()
         if saved != own:
             raise CheckpointError(
-                f"{prefix[:-1]} of the checkpoint was relaxed as {saved}: expected {own}; nothing of it was loaded. "
+                f"{prefix[:-1]} of the checkpoint was relaxed as {saved}: expected {own}; nothing was loaded. "
                 "Call ce.relax with the same layers, complement= and gate= before loading"
             )
-        super()._load_from_state_dict(state_dict, prefix, *args)
+        return True
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """Load a plain checkpoint, one without terms, as W = 0."""
+        if self.check_state_dict(state_dict, prefix):
+            super()._load_from_state_dict(state_dict, prefix, *args)
+        else:
+            with torch.no_grad():
+                self.weight.zero_()

@@ -11,7 +11,7 @@ masks, else they are the null space of the commutation constraints, which needs 
 """
 
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Protocol
 
 import torch
@@ -93,7 +93,7 @@ class Intertwiners:
     def complement_(self, maps: Tensor) -> Tensor:
         """Replace maps (..., outputs.dim, inputs.dim) by maps - P maps in place, and return them."""
         self._check(maps)
-        for (rows, columns), b, a in _plan(self.outputs, self.inputs):
+        for (rows, columns), b, a in self._pairs:
             block = _copies(maps[..., rows, columns], b, a)
             if block.shape[-2:] == (1, 1):
                 block.zero_()
@@ -145,6 +145,11 @@ class Intertwiners:
                         _copies(dense[rows, cols], b, a)[u, v] = element
                         columns.append(dense)
         return torch.stack(columns) if columns else torch.zeros(0, *self.shape, dtype=torch.float64)
+
+    @cached_property
+    def _pairs(self) -> "tuple[tuple[tuple[slice, slice], Block, Block], ...]":
+        """The plan, kept here because hashing representations takes as long as projecting a small map."""
+        return _plan(self.outputs, self.inputs)
 
     def _check(self, maps: Tensor) -> None:
         if tuple(maps.shape[-2:]) != self.shape:

@@ -40,6 +40,7 @@ class Case:
         needs: the framework that has to be installed.
         dtype: in which the laws hold to `tolerance`.
         tolerance: relative equivariance error of the plain model in `dtype`.
+        tolerance32: the same in float32.
         linear: whether the model is one relaxed layer, affine in its one argument (batch, ...).
         marks: further pytest marks.
     """
@@ -53,6 +54,7 @@ class Case:
     needs: str | None = None
     dtype: torch.dtype = torch.float64
     tolerance: float = 1e-13
+    tolerance32: float = 1e-6
     linear: bool = False
     marks: tuple[pytest.MarkDecorator, ...] = ()
 
@@ -330,25 +332,34 @@ _ESCNN = (
             partial(steerable.planar, "C_4", transposed=True, stride=2, groups=2), _TURNS, 2, 12, 3, 3),
     _fields("convolution, C_8, transposed", partial(steerable.planar, "C_8", transposed=True, padding=1),
             _TURNS, 2, 10, 4, 4),
-    _fields("network", steerable.network, _TURNS, 2, 1, 6, 6),
+    _fields("network", steerable.network, _TURNS, 2, 2, 6, 6),
 )  # fmt: skip
 
 # --- networks with forces ---------------------------------------------------------------------------------------------
 
 
-def _nequip() -> nn.Module:
-    from examples.models.nequip_style import NequIP
+class Molecule(nn.Module):
+    """Energies and forces of one kind of molecule."""
 
-    return NequIP([1, 6, 8], hidden="3x0e + 2x1o + 1x2e", layers=2, radial=3, radial_width=4)
+    def __init__(self) -> None:
+        from examples.models.nequip_style import NequIP
+
+        super().__init__()
+        self.network = NequIP([1, 6, 8], hidden="3x0e + 2x1o + 1x2e", layers=2, radial=3, radial_width=4)
+        self.register_buffer("species", torch.tensor([6, 1, 8, 1]))
+
+    def forward(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        return self.network(positions, self.species)
 
 
 def _molecules(generator: torch.Generator) -> tuple[Tensor, ...]:
-    return 1.5 * torch.randn(2, 5, 3, generator=generator), torch.tensor([6, 1, 8, 1, 1])
+    corners = torch.cat([torch.zeros(1, 3), torch.eye(3)])
+    return (1.5 * corners + 0.2 * torch.randn(2, 4, 3, generator=generator),)
 
 
 _FORCES = (
-    Case("energies and forces", _nequip, _molecules,
-         lambda: ce.Symmetry(groups.E3(), (ce.actions.points, None), (None, ce.actions.vectors)), needs="e3nn"),
+    Case("energies and forces", Molecule, _molecules,
+         lambda: ce.Symmetry(groups.E3(), ce.actions.points, (None, ce.actions.vectors)), needs="e3nn"),
 )  # fmt: skip
 
 _TABLE: tuple[Case, ...] = (*_E3NN, *_STATED, *_VECTOR_NEURONS, *_ESCNN, *_FORCES)

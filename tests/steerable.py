@@ -19,7 +19,10 @@ _CLOSE = 1e-6
 
 
 class Steerable(nn.Module):
-    """An escnn layer or network on plain tensors."""
+    """An escnn layer or network on plain tensors, whose kernels are expanded anew in evaluation mode too.
+
+    In evaluation escnn caches kernels under keys of their own, which tests/adapters/test_escnn.py is about.
+    """
 
     def __init__(self, layers: nn.Module) -> None:
         super().__init__()
@@ -27,6 +30,15 @@ class Steerable(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         return self.layers(self.layers.in_type(features)).tensor
+
+    def train(self, mode: bool = True) -> "Steerable":
+        super().train(mode)
+        for layer in self.layers.modules():
+            if hasattr(layer, "expand_parameters"):
+                layer.train()
+                for child in layer.children():
+                    child.train(mode)
+        return self
 
 
 def sharp(make: Callable[[], nn.Module]) -> nn.Module:
@@ -38,6 +50,8 @@ def sharp(make: Callable[[], nn.Module]) -> nn.Module:
     finally:
         torch.set_default_dtype(wanted)
     for layer in model.modules():
+        for name, buffer in layer.named_buffers(recurse=False):
+            setattr(layer, name, buffer.contiguous())  # indices that overlap in memory cannot be loaded
         if hasattr(layer, "basisexpansion"):
             _sharpen(layer)
     return model.train().to(wanted)
@@ -168,16 +182,15 @@ def planar(name: str, *, transposed: bool = False, **options: Any) -> nn.Module:
 
 
 def network() -> nn.Module:
-    """Images to invariants: two convolutions with batch normalisation, and the maximum over the group."""
+    """Vector fields to vector fields, through regular fields with batch normalisation."""
     from escnn import gspaces
     from escnn import nn as enn
 
     space = gspaces.rot2dOnR2(4)
-    grey, regular = space.type(space.trivial_repr), space.type(*[space.regular_repr] * 2)
+    vector, regular = space.type(space.irrep(1)), space.type(*[space.regular_repr] * 2)
     return enn.SequentialModule(
-        enn.R2Conv(grey, regular, 3, padding=1, bias=False),
+        enn.R2Conv(vector, regular, 3, padding=1, bias=False),
         enn.InnerBatchNorm(regular),
         enn.ReLU(regular),
-        enn.R2Conv(regular, regular, 3, padding=1),
-        enn.GroupPooling(regular),
+        enn.R2Conv(regular, vector, 3, padding=1),
     )

@@ -90,6 +90,7 @@ def test_finalize_undoes_relax(case, options):
     for name, module in plain.named_modules():
         assert vars(module).keys() == vars(model.get_submodule(name)).keys()
         assert module.training == model.get_submodule(name).training
+        assert not model.get_submodule(name)._load_state_dict_pre_hooks
     assert all(dict(model.named_parameters())[name] is p for name, p in parameters.items())
     assert all(dict(model.named_buffers())[name] is b for name, b in buffers.items())
     assert list(model.state_dict()) == list(plain.state_dict())
@@ -110,16 +111,15 @@ def test_relax_constrain_step_finalize_verify(case, dtype):
     optimizer = ce.ConstrainedOptimizer(base, constraint)
     untouched, start = case.model(dtype), [p.clone() for p in case.model(dtype).parameters()]
     train(model, optimizer, data, 5)
-    model.eval()
-    with ce.disabled(model):
+    with ce.disabled(model.eval()):
         without = outputs(model, data)
-    report = ce.finalize(model, optimizer=optimizer, batches=None)
-    assert all(torch.equal(a, b) for a, b in zip(without, outputs(model, data), strict=True))
+    report = ce.finalize(model.train(), optimizer=optimizer, batches=None)
     assert all(layer.value == 0 == layer.removed for layer in report.layers)
     assert not any(torch.equal(a, b) for a, b in zip(start, model.parameters(), strict=True) if a.numel())
     untouched.load_state_dict(model.state_dict(), strict=True)
+    assert all(torch.equal(a, b) for a, b in zip(without, outputs(model.eval(), data), strict=True))
     assert_equal_outputs(untouched.eval(), model, data)
-    assert case.error(model, data) < (case.tolerance if dtype == case.dtype else 1e-6)
+    assert case.error(model, data) < (case.tolerance if dtype == case.dtype else case.tolerance32)
 
 
 @table
@@ -138,8 +138,7 @@ def test_disabled_equals_finalized(case):
 def test_a_finalized_model_is_an_ordinary_one_again(case):
     model, data = case.relaxed(), case.data()
     ce.finalize(model, on_violation="drop")
-    model.eval()
-    assert_equal_outputs(model, copy.deepcopy(model), data)
+    assert_equal_outputs(copy.deepcopy(model).eval(), model.eval(), data)
     again = case.relax(model)
     assert ce.relaxations(again)
 

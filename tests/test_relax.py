@@ -16,13 +16,14 @@ table = pytest.mark.parametrize("case", CASES)
 
 
 def run(model, data):
-    """Output tensors, gradients (of arguments and base parameters) and buffers after one forward and backward."""
+    """Outputs, gradients (of arguments and base parameters; in training) and buffers after one forward and backward."""
     model.zero_grad()
-    data = [argument.clone().requires_grad_() if isinstance(argument, torch.Tensor) else argument for argument in data]
+    data = [argument.clone().requires_grad_(argument.is_floating_point()) for argument in data]
     output = model(*data)
-    loss(output).backward()
+    if model.training:  # in evaluation some models give outputs that cannot be differentiated
+        loss(output).backward()
     gradients = {name: p.grad for name, p in model.named_parameters() if CHILD not in name}
-    gradients |= {i: argument.grad for i, argument in enumerate(data) if isinstance(argument, torch.Tensor)}
+    gradients |= {i: argument.grad for i, argument in enumerate(data)}
     buffers = {name: b.clone() for name, b in model.named_buffers() if CHILD not in name}
     return [part.detach() for part in tensors(output)], gradients, buffers
 
@@ -81,8 +82,8 @@ def test_zero_terms_change_nothing(case):
 
 @table
 def test_weight_scale_and_gate_change_the_output(case):
-    data, relaxed = case.data(), case.relaxed(gate=True).eval()
-    before = relaxed(*data)
+    data, relaxed = case.data(), case.relaxed(gate=True)
+    before = copy.deepcopy(relaxed).eval()(*data)
     for change in (
         lambda term: term.scale.fill_(0.5),
         lambda term: term.gate.mul_(-0.5),
@@ -92,12 +93,12 @@ def test_weight_scale_and_gate_change_the_output(case):
         with torch.no_grad():
             for term in terms_of(changed):
                 change(term)
-        assert differs(before, changed(*data))
+        assert differs(before, changed.eval()(*data))
 
 
 @table
 def test_scale_gate_and_weight_enter_as_a_product(case):
-    data, relaxed = case.data(), case.relaxed(gate=True).eval()
+    data, relaxed = case.data(), case.relaxed(gate=True)
     other = copy.deepcopy(relaxed)
     with torch.no_grad():
         for term in terms_of(relaxed):
@@ -105,7 +106,7 @@ def test_scale_gate_and_weight_enter_as_a_product(case):
             term.gate.fill_(-3.0)
         for term in terms_of(other):
             term.weight.mul_(-1.5)
-    for a, b in zip(tensors(relaxed(*data)), tensors(other(*data)), strict=True):
+    for a, b in zip(tensors(relaxed.eval()(*data)), tensors(other.eval()(*data)), strict=True):
         torch.testing.assert_close(a, b)
 
 
@@ -129,7 +130,7 @@ def test_every_term_gets_a_gradient(case):
 
 
 @table
-@pytest.mark.parametrize("init", [0.3, nn.init.ones_, nn.init.xavier_uniform_])
+@pytest.mark.parametrize("init", [0.3, nn.init.xavier_uniform_])
 def test_the_complement_is_orthogonal_to_equivariant_maps(case, init):
     for relaxation in ce.relaxations(case.relaxed(init=init)):
         weight = relaxation.term.weight.detach()

@@ -70,7 +70,13 @@ def _site(layer: nn.Module, space: Intertwiners, axes: tuple[int, ...]) -> Site:
         and not parametrize.is_parametrized(layer, "weight")
     )
     return Site(
-        space, space.shape, float(max(space.shape[0], 1)), str(space.inputs), str(space.outputs), like, _Plan(axes, dense)
+        space,
+        space.shape,
+        float(max(space.shape[0], 1)),
+        str(space.inputs),
+        str(space.outputs),
+        like,
+        _Plan(axes, dense),
     )
 
 

@@ -1,0 +1,435 @@
+"""escnn layers: what the relaxed layer computes, its cached kernels, its export, its projection, and its limits."""
+
+import copy
+import itertools
+import warnings
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+pytest.importorskip("escnn")
+
+from escnn import gspaces
+from escnn import nn as enn
+
+import constrained_equiv as ce
+from constrained_equiv.kernels import Kernels
+from tests import steerable
+
+LAYERS = {
+    "linear": lambda: steerable.linear("C_8"),
+    "linear, SO(3)": lambda: steerable.linear("SO(3)"),
+    "stride": lambda: steerable.planar("C_4", stride=2, padding=1),
+    "circular": lambda: steerable.planar("D_4", padding=1, padding_mode="circular"),
+    "reflect": lambda: steerable.planar("C_8", padding=1, padding_mode="reflect"),
+    "dilation": lambda: steerable.planar("C_8", dilation=2, bias=False),
+    "groups": lambda: steerable.planar("C_4", groups=2),
+    "continuous": lambda: steerable.planar("SO(2)"),
+    "transposed": lambda: steerable.planar("C_4", transposed=True, stride=2, output_padding=1),
+    "transposed, groups": lambda: steerable.planar("C_8", transposed=True, groups=2),
+}
+table = pytest.mark.parametrize("name", LAYERS)
+
+
+def features(layer, size: int = 7, seed: int = 1) -> enn.GeometricTensor:
+    generator = torch.Generator().manual_seed(seed)
+    grid = (size,) * getattr(layer, "d", 0)
+    return layer.in_type(torch.randn(2, layer.in_type.size, *grid, generator=generator))
+
+
+def relaxed(layer, **options):
+    return ce.relax(layer, **{"init": 0.3, "generator": torch.Generator().manual_seed(0)} | options)
+
+
+def term_of(layer):
+    (found,) = ce.relaxations(layer)
+    return found.term
+
+
+def with_kernel(layer, kernel: Tensor, x: Tensor) -> Tensor:
+    """What torch's own operation of the layer makes of a kernel, without bias."""
+    if isinstance(layer, enn.Linear):
+        return nn.functional.linear(x, kernel)
+    if hasattr(layer, "output_padding"):
+        return nn.functional.conv_transpose2d(x, kernel, None, layer.stride, layer.padding, layer.output_padding,
+                                              layer.groups, layer.dilation)  # fmt: skip
+    if layer.padding_mode != "zeros":
+        x = nn.functional.pad(x, (layer.padding,) * 4, mode=layer.padding_mode)
+    padding = layer.padding if layer.padding_mode == "zeros" else 0
+    return nn.functional.conv2d(x, kernel, None, layer.stride, padding, layer.dilation, layer.groups)
+
+
+def assert_near(first: Tensor, second: Tensor) -> None:
+    torch.testing.assert_close(first, second, rtol=0, atol=3e-6 * max(1.0, second.detach().abs().max().item()))
+
+
+# --- what it computes -------------------------------------------------------------------------------------------------
+
+
+@table
+@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
+def test_the_term_is_a_kernel_of_the_same_operation(name, training):
+    layer = LAYERS[name]()
+    x = features(layer)
+    plain = layer(x)
+    relaxed(layer, complement=False, gate=True).train(training)
+    term = term_of(layer)
+    with torch.no_grad():
+        term.gate.fill_(0.5)
+        term.scale.fill_(0.7)
+        layer.train().train(training)
+    y = layer(x)
+    assert isinstance(y, enn.GeometricTensor) and y.type == layer.out_type
+    assert_near(y.tensor - plain.tensor, with_kernel(layer, 0.35 * term.weight, x.tensor))
+
+
+class Convolutions(TorchDispatchMode):
+    """Counts convolutions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += function is torch.ops.aten.convolution.default
+        return function(*args, **(kwargs or {}))
+
+
+def test_one_convolution_does_both():
+    layer = LAYERS["circular"]()
+    relaxed(layer)
+    with Convolutions() as counter:
+        layer(features(layer))
+    assert counter.count == 1
+
+
+@pytest.mark.parametrize("name", ["circular", "transposed", "groups"])
+def test_weight_over_root_rows_is_the_rms_output_for_white_noise(name):
+    layer = {
+        "circular": lambda: steerable.planar("D_4", padding=1, padding_mode="circular"),
+        "transposed": lambda: steerable.planar("C_4", transposed=True, stride=2),
+        "groups": lambda: steerable.planar("C_4", groups=2),
+    }[name]()
+    relaxed(layer)
+    constraint = ce.constraints.weight(layer, level=1.0)
+    x = torch.randn(20, layer.in_type.size, 40, 40)
+    measured = with_kernel(layer, term_of(layer).weight.detach(), x)[..., 4:-4, 4:-4].square().mean().sqrt()
+    assert constraint.measure.values(constraint.terms).item() == pytest.approx(measured.item(), rel=0.02)
+
+
+def test_relative_reads_the_response_of_the_layer():
+    layer = LAYERS["stride"]()
+    relaxed(layer)
+    constraint = ce.constraints.relative(layer, level=1.0)
+    response = layer(features(layer)).tensor.square().mean().sqrt().item()
+    absolute = ce.constraints.weight(layer, level=1.0)
+    expected = absolute.measure.values(absolute.terms).item() / response
+    assert constraint.measure.values(constraint.terms).item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_activation_of_a_linear_layer_and_not_of_a_convolution():
+    layer = LAYERS["linear"]()
+    relaxed(layer)
+    constraint = ce.constraints.activation(layer, level=1.0)
+    x = features(layer)
+    layer(x)
+    added = nn.functional.linear(x.tensor, term_of(layer).weight).square().mean().sqrt().item()
+    assert constraint.measure.values(constraint.terms).item() == pytest.approx(added, rel=1e-5)
+    with pytest.raises(ce.errors.ConstraintError, match="convolution"):
+        ce.constraints.activation(relaxed(LAYERS["stride"]()), level=1.0)
+
+
+def test_lie_is_defined_where_the_grid_carries_the_group():
+    layer = relaxed(LAYERS["circular"](), complement=False)
+    constraint = ce.constraints.lie(layer, level=1.0)
+    assert constraint.measure.values(constraint.terms).item() > 0.1
+    for name in ("continuous", "dilation", "linear, SO(3)"):
+        with pytest.raises(ce.errors.ConstraintError, match="undefined for kernels of continuous groups"):
+            constraint = ce.constraints.lie(relaxed(LAYERS[name]()), level=1.0)
+            constraint.measure.values(constraint.terms)
+
+
+# --- cached kernels ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["linear", "stride", "transposed"])
+@pytest.mark.parametrize("evaluate_with_terms", [True, False])
+def test_every_order_of_steps_leaves_the_right_kernel(name, evaluate_with_terms):
+    """Modes, relaxing, disabling and finalizing in every order: evaluation equals what training mode would expand."""
+    for order in itertools.permutations(["relax", "evaluate", "disable", "train"]):
+        layer = LAYERS[name]()
+        x = features(layer)
+        plain = layer(x).tensor
+        scope = None
+        for step in order:
+            if step == "relax":
+                relaxed(layer, evaluate_with_terms=evaluate_with_terms)
+            elif step == "disable":
+                scope = ce.disabled(layer)
+                scope.__enter__()
+            else:
+                layer.train(step == "train")
+            check(layer, x, plain)
+        scope.__exit__(None, None, None)
+        check(layer, x, plain)
+        layer.eval()
+        check(layer, x, plain)
+        ce.finalize(layer, on_violation="drop", batches=[x] if evaluate_with_terms else None)
+        assert not layer.training and torch.equal(layer(x).tensor, plain)
+        layer.train()
+        assert torch.equal(layer(x).tensor, plain)
+
+
+def check(layer, x, plain: Tensor) -> None:
+    found = layer(x).tensor
+    term = layer._modules.get("non_equivariant")
+    if term is None or not term.active:
+        assert torch.equal(found, plain)
+    else:
+        assert_near(found - plain, with_kernel(layer, term.weight, x.tensor))
+
+
+@pytest.mark.parametrize("name", ["linear", "stride", "transposed"])
+@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
+def test_finalized_states_load_strictly_into_an_untouched_layer(name, training):
+    layer = LAYERS[name]().train(training)
+    keys = layer.state_dict().keys()
+    untouched = LAYERS[name]().train(training)
+    relaxed(layer)
+    report = ce.finalize(layer, on_violation="drop", batches=[features(layer)])
+    assert layer.training == training and report.output_change > 0
+    assert layer.state_dict().keys() == keys
+    untouched.load_state_dict({key: value.clone() for key, value in layer.state_dict().items()})
+    assert torch.equal(untouched(features(layer)).tensor, layer(features(layer)).tensor)
+
+
+def test_scales_and_levels_reach_the_cache_through_training_mode():
+    layer = relaxed(LAYERS["stride"]())
+    x = features(layer)
+    layer.eval()
+    before = layer(x).tensor
+    with torch.no_grad():
+        layer.train()
+        term_of(layer).scale.zero_()
+    plain = layer.eval()(x).tensor
+    with ce.disabled(layer):
+        assert_near(plain, layer(x).tensor)
+    assert (before - plain).abs().max() > 0.1
+
+
+# --- export -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["linear", "stride", "transposed, groups"])
+def test_an_export_contains_the_term_and_says_so(name):
+    layer = LAYERS[name]()
+    x = features(layer)
+    expected = layer.eval()(x).tensor
+    relaxed(layer.train())
+    with pytest.warns(UserWarning, match=r"contains the non-equivariant term.*ce\.finalize"):
+        exported = layer.export()
+    assert_near(exported(x.tensor), layer(x).tensor)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with ce.disabled(layer):
+            assert_near(layer.export()(x.tensor), expected)
+        ce.finalize(layer, on_violation="drop")
+        exported = layer.export()
+    assert type(exported) in (nn.Linear, nn.Conv2d, nn.ConvTranspose2d)
+    assert_near(exported(x.tensor), expected)
+
+
+def test_a_network_exports_as_a_whole():
+    network = steerable.network()
+    x = network.in_type(torch.randn(2, 2, 6, 6))
+    network(x)
+    relaxed(network)
+    with pytest.warns(UserWarning, match="contains the non-equivariant term"):
+        exported = network.eval().export()
+    assert_near(exported(x.tensor), network(x).tensor)
+
+
+# --- the projection ---------------------------------------------------------------------------------------------------
+
+
+def kernels_of(name: str) -> tuple[nn.Module, Kernels]:
+    layer = LAYERS[name]()
+    return layer, term_of(relaxed(layer)).projection
+
+
+@table
+def test_p_is_an_orthogonal_projection(name):
+    _, kernels = kernels_of(name)
+    first, second = torch.randn(2, 3, *kernels.shape, dtype=torch.float64)
+    once = kernels.project(first)
+    torch.testing.assert_close(kernels.project(once), once, rtol=0, atol=1e-13)
+    products = (once * second).sum(), (first * kernels.project(second)).sum()
+    torch.testing.assert_close(*products, rtol=0, atol=1e-11)
+
+
+@table
+def test_p_leaves_every_kernel_of_the_layer_alone(name):
+    layer, kernels = kernels_of(name)
+    for _ in range(3):
+        layer.weights.data.normal_()
+        with ce.disabled(layer):
+            own = layer.expand_parameters()[0].detach()
+        assert kernels.complement(own).norm() < 1e-6 * own.norm()
+
+
+@table
+def test_the_rank_is_that_of_the_layers_own_kernels_or_more(name):
+    layer, kernels = kernels_of(name)
+    if name in ("stride", "circular", "groups", "transposed"):  # escnn's band limit leaves some of them out
+        assert kernels.rank > layer.weights.numel()
+    else:
+        assert kernels.rank == layer.weights.numel()
+
+
+def test_the_band_limit_is_what_escnn_leaves_out():
+    """Without a frequency cutoff escnn's own, redundant basis spans all kernels that the grid leaves alone."""
+    space = gspaces.rot2dOnR2(4)
+    regular = space.type(space.regular_repr)
+    for size, rank in ((3, 36), (5, 100)):
+        layer = enn.R2Conv(regular, regular, size, frequencies_cutoff=6.0)
+        span = torch.linalg.matrix_rank(
+            torch.stack([layer.basisexpansion(w).flatten() for w in torch.eye(layer.weights.numel())]), rtol=1e-4
+        )
+        assert span == rank == term_of(relaxed(layer)).projection.rank
+
+
+def test_equal_layers_share_a_stack():
+    space = gspaces.rot2dOnR2(8)
+    regular = space.type(*[space.regular_repr] * 2)
+    network = enn.SequentialModule(*(enn.R2Conv(regular, regular, 3, padding=1) for _ in range(3)))
+    first, second, third = ce.relaxations(relaxed(network))
+    assert first.term.projection == second.term.projection == third.term.projection
+    assert len(ce.constraints.weight(network, level=1.0).terms.stacks) == 1
+
+
+def test_layers_whose_basis_was_changed_are_refused():
+    space = gspaces.rot2dOnR2(4)
+    regular = space.type(space.regular_repr)
+    layer = enn.R2Conv(regular, regular, 3, recompute=True)
+    for block in layer.basisexpansion.children():
+        block.sampled_basis = torch.randn_like(block.sampled_basis)
+    with pytest.raises(ce.errors.RelaxationError, match="breaks the symmetry of its field types"):
+        relaxed(layer)
+    assert type(layer) is enn.R2Conv
+
+
+def test_shared_bases_are_neither_cast_nor_moved():
+    layer = LAYERS["dilation"]()
+    before = {key: (id(b), b.dtype, b.clone()) for key, b in layer.basisexpansion.named_buffers()}
+    relaxed(layer, complement=False)
+    ce.finalize(layer, fold=True, on_violation="drop")
+    for key, buffer in layer.basisexpansion.named_buffers():
+        identity, dtype, value = before[key]
+        assert id(buffer) == identity and buffer.dtype == dtype and torch.equal(buffer, value)
+
+
+def test_layers_without_freedom_are_skipped():
+    space = gspaces.trivialOnR2()
+    scalar = space.type(space.trivial_repr)
+    with pytest.raises(ce.errors.RelaxationError, match="equivariant already"):
+        ce.relax(enn.R2Conv(scalar, scalar, 3, frequencies_cutoff=6.0))
+
+
+# --- volumes ----------------------------------------------------------------------------------------------------------
+
+
+def turned(element: Tensor, x: enn.GeometricTensor, g) -> enn.GeometricTensor:
+    matrix = torch.as_tensor(x.type.representation(g)).to(x.tensor)
+    return x.type(steerable.voxels(element, torch.einsum("oc,nc...->no...", matrix, x.tensor)))
+
+
+@pytest.mark.parametrize("name", ["cube", "SO(3), transposed"])
+def test_volumes(name):
+    if name == "cube":
+        space = gspaces.octaOnR3()
+        inputs, outputs = space.type(space.trivial_repr), space.type(space.regular_repr)
+        layer = enn.R3Conv(inputs, outputs, 3, padding=1)
+    else:
+        space = gspaces.rot3dOnR3(maximum_frequency=2)
+        inputs = outputs = space.type(space.irrep(1), space.irrep(0))
+        layer = enn.R3ConvTransposed(inputs, outputs, 3, stride=2)
+    x = features(layer, 4)
+    plain = layer(x).tensor
+    turns = [(g, m) for g, m in steerable.lattice_elements(space) if m.trace() < 2.5]
+
+    def error() -> float:
+        g, matrix = turns[4]
+        gap = layer(turned(matrix, x, g)).tensor - turned(matrix, layer(x), g).tensor
+        return (gap.norm() / layer(x).tensor.norm()).item()
+
+    assert error() < 1e-5
+    relaxed(layer, complement=False)
+    term = term_of(layer)
+    spread = 8 if name != "cube" else 1
+    assert term.rows == outputs.size * spread
+    added = torch.nn.functional.conv3d(x.tensor, term.weight, padding=1) if name == "cube" else (
+        torch.nn.functional.conv_transpose3d(x.tensor, term.weight, stride=2))  # fmt: skip
+    assert_near(layer(x).tensor - plain, added)
+    assert error() > 0.1
+    report = ce.finalize(layer, fold=True, on_violation="drop")
+    assert report.layers[0].folded > 0 and error() < 1e-5
+    assert (layer(x).tensor - plain).abs().max() > 1e-2  # the equivariant part stayed
+
+
+def test_the_group_average_of_volumes_is_p():
+    space = gspaces.octaOnR3()
+    inputs, outputs = space.type(space.trivial_repr), space.type(space.regular_repr)
+    kernels = term_of(relaxed(enn.R3Conv(inputs, outputs, 3))).projection
+    drawn = torch.randn(1, *kernels.shape, dtype=torch.float64)
+    moved = []
+    for g, matrix in steerable.lattice_elements(space):  # K -> rho(g) K(g^-1 .), one row of channels per input
+        channels = torch.as_tensor(outputs.representation(g))
+        moved.append(torch.einsum("oc,nci...->noi...", channels, steerable.voxels(matrix, drawn)))
+    torch.testing.assert_close(kernels.project(drawn), torch.stack(moved).mean(0), rtol=0, atol=1e-13)
+    assert len(moved) == 24
+
+
+# --- training ---------------------------------------------------------------------------------------------------------
+
+
+def test_training_keeps_the_term_in_the_complement_and_the_end_is_equivariant():
+    network = steerable.network()
+    x = network.in_type(torch.randn(8, 2, 6, 6))
+    target = torch.randn(8, 2, 6, 6)
+    ce.relax(network)
+    steps = 20
+    constraint = ce.constraints.weight(network, level=ce.schedules.linear(0.5, 0.0, steps))
+    optimizer = ce.ConstrainedOptimizer(torch.optim.Adam(ce.parameter_groups(network, lr=1e-2)), constraint)
+    largest = 0.0
+    for _ in range(steps + 5):
+        optimizer.zero_grad()
+        (network(x).tensor - target).square().mean().backward()
+        optimizer.step()
+        for relaxation in ce.relaxations(network):
+            weight = relaxation.term.weight.detach()
+            largest = max(largest, weight.norm().item())
+            part = relaxation.term.projection.project(weight)
+            assert part.norm() <= 1e-5 * max(weight.norm().item(), 1e-3)
+    assert largest > 0.05
+    ce.finalize(network, optimizer=optimizer)
+    group = ce.groups.cyclic(4)
+    wrapped = steerable.Steerable(network.eval())
+    vector = ce.actions.feature_maps(ce.representations.frequency(1, group=group))
+    ce.assert_equivariant(wrapped, x.tensor, symmetry=ce.Symmetry(group, vector, vector), tolerance=1e-5)
+
+
+def test_deepcopies_of_relaxed_layers_are_independent():
+    layer = relaxed(LAYERS["stride"]())
+    twin = copy.deepcopy(layer)
+    x = features(layer)
+    expected = layer(x).tensor.clone()
+    with torch.no_grad():
+        twin.non_equivariant.weight.mul_(2)
+    assert torch.equal(layer(x).tensor, expected) and not torch.equal(twin(x).tensor, expected)
+
+
+def test_the_table_names_layers_by_their_fields():
+    text = str(ce.relaxations(relaxed(LAYERS["circular"]())))
+    assert "1xirrep_1,1 + 1xregular + 1xirrep_1,1 -> 1xquotient" in text and "R2Conv" in text

@@ -1,0 +1,153 @@
+"""Vector neurons: one dense product for every rank of input, and refusal of layers that do not act as stated."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import constrained_equiv as ce
+from examples.models.vector_neurons import VNDGCNN, VNLinear, VNPointNet
+
+TRAILING = [(), (7,), (7, 4)]
+ADAPTERS = {1: ce.adapters.vector_neurons(), -1: ce.adapters.vector_neurons(axis=-1)}
+
+
+def layer_for(axis: int, inputs: int = 4, outputs: int = 5) -> nn.Linear:
+    make = VNLinear if axis == 1 else lambda a, b: nn.Linear(a, b, bias=False)
+    return make(inputs, outputs).double()
+
+
+def features(axis: int, trailing: tuple[int, ...], channels: int = 4) -> Tensor:
+    shape = (2, channels, 3, *trailing) if axis == 1 else (*trailing, 2, 3, channels)
+    return torch.randn(shape, dtype=torch.float64)
+
+
+def relaxed(layer: nn.Module, axis: int, **options) -> nn.Module:
+    options = {"init": 1.0, "generator": torch.Generator().manual_seed(0)} | options
+    return ce.relax(layer, where=lambda name, m: isinstance(m, nn.Linear), adapter=ADAPTERS[axis], **options)
+
+
+over_axes = pytest.mark.parametrize("axis", [1, -1])
+over_ranks = pytest.mark.parametrize("trailing", TRAILING, ids=str)
+
+
+@over_axes
+@over_ranks
+def test_the_term_acts_on_channels_and_components_together(axis, trailing):
+    layer, x = layer_for(axis), features(axis, trailing)
+    plain = layer(x)
+    relaxed(layer, axis, complement=False, gate=True)
+    with torch.no_grad():
+        layer.non_equivariant.gate.fill_(0.5)
+    weight = 0.5 * layer.non_equivariant.weight
+    if axis == 1:
+        added = torch.einsum("oicj,bcj...->boi...", weight.view(5, 3, 4, 3), x)
+    else:
+        added = torch.einsum("iojc,...jc->...io", weight.view(3, 5, 3, 4), x)
+    torch.testing.assert_close(layer(x) - plain, added, rtol=0, atol=1e-13)
+    with ce.disabled(layer):
+        assert torch.equal(layer(x), plain)
+
+
+class Products(TorchDispatchMode):
+    """Counts matrix products."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += function.overloadpacket in (torch.ops.aten.bmm, torch.ops.aten.mm, torch.ops.aten.addmm)
+        return function(*args, **(kwargs or {}))
+
+
+@over_axes
+@over_ranks
+def test_one_product_does_both(axis, trailing):
+    layer = relaxed(layer_for(axis), axis)
+    with Products() as counter:
+        layer(features(axis, trailing))
+    assert counter.count == 1
+
+
+@over_axes
+def test_non_contiguous_features(axis):
+    layer = relaxed(layer_for(axis), axis)
+    x = features(axis, (7, 4))
+    turned = x.transpose(-1, -2).contiguous().transpose(-1, -2)
+    torch.testing.assert_close(layer(turned), layer(x), rtol=0, atol=1e-13)
+
+
+@over_axes
+def test_the_equivariant_maps_are_the_layers_own(axis):
+    layer = relaxed(layer_for(axis), axis)
+    assert layer.non_equivariant.projection.rank == layer.weight.numel()
+    eye = torch.eye(3, dtype=torch.float64)
+    own = torch.kron(layer.weight, eye) if axis == 1 else torch.kron(eye, layer.weight)
+    assert layer.non_equivariant.projection.complement(own.detach()).norm() < 1e-14
+
+
+@over_axes
+def test_folding_takes_the_mean_of_the_diagonal(axis):
+    layer = layer_for(axis)
+    before = layer.weight.detach().clone()
+    relaxed(layer, axis, complement=False)
+    weight = layer.non_equivariant.weight.detach()
+    blocks = weight.view(5, 3, 4, 3).permute(0, 2, 1, 3) if axis == 1 else weight.view(3, 5, 3, 4).permute(1, 3, 0, 2)
+    report = ce.finalize(layer, fold=True, on_violation="drop")
+    torch.testing.assert_close(layer.weight - before, blocks.diagonal(dim1=2, dim2=3).mean(-1), rtol=0, atol=1e-14)
+    assert report.layers[0].unfolded == 0
+
+
+@pytest.mark.parametrize(
+    "layer, axis, match",
+    [
+        (nn.Linear(4, 5), -1, "bias"),
+        (VNLinear(4, 5), -1, "contracts axis -1"),
+        (VNLinear(3, 3), -1, "contracts axis -1"),
+        (nn.Linear(4, 5, bias=False), 1, "contracts axis 1"),
+        (nn.Linear(3, 3, bias=False), 1, "contracts axis 1"),
+        (nn.Conv1d(4, 5, 1), 1, "expected nn.Linear"),
+    ],
+)
+def test_layers_that_act_otherwise_are_refused(layer, axis, match):
+    before = type(layer)
+    with pytest.raises(ce.errors.RelaxationError, match=match):
+        ce.relax(layer, where=lambda name, m: True, adapter=ADAPTERS[axis])
+    assert type(layer) is before
+
+
+def test_other_axes_are_refused():
+    with pytest.raises(ce.errors.RelaxationError, match=r"vector_neurons\(axis=2\)"):
+        ce.adapters.vector_neurons(axis=2)
+
+
+def test_nothing_is_matched_by_itself():
+    with pytest.raises(ce.errors.RelaxationError, match="no layer was matched"):
+        ce.relax(VNLinear(4, 5))
+
+
+def test_equal_layers_share_a_class_and_a_stack():
+    model = relaxed(nn.Sequential(VNLinear(4, 4), VNLinear(4, 4)), 1)
+    assert type(model[0]) is type(model[1])
+    assert len(ce.constraints.weight(model, level=1.0).terms.stacks) == 1
+
+
+@pytest.mark.parametrize("network", [VNPointNet, VNDGCNN])
+def test_networks_end_equivariant(network):
+    model = network(4, width=6, k=5)
+    points, labels = torch.randn(6, 24, 3), torch.randint(4, (6,))
+    ce.relax(model, where=lambda name, m: isinstance(m, VNLinear), adapter=ce.adapters.vector_neurons())
+    constraint = ce.constraints.weight(model, level=ce.schedules.linear(0.3, 0.0, 5))
+    optimizer = ce.ConstrainedOptimizer(torch.optim.Adam(ce.parameter_groups(model, lr=1e-2)), constraint)
+    for step in range(8):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(points), labels).backward()
+        optimizer.step()
+        if step == 1:
+            assert all(r.term.weight.norm() > 0 for r in ce.relaxations(model) if "pool" not in r.name)
+    symmetry = ce.Symmetry(ce.groups.SO3(), inputs="1x1", outputs=None)
+    ce.finalize(model, optimizer=optimizer, batches=[points])
+    untouched = network(4, width=6, k=5)
+    untouched.load_state_dict(model.state_dict())
+    ce.assert_equivariant(untouched.double().eval(), points.double(), symmetry=symmetry, tolerance=1e-10)
