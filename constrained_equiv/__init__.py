@@ -12,11 +12,12 @@ from constrained_equiv import (
     groups,
     intertwiners,
     monitor,
+    presets,
     representations,
     schedules,
 )
 from constrained_equiv._finalize import Report, finalize
-from constrained_equiv._optim import ConstrainedOptimizer
+from constrained_equiv._optim import ConstrainedOptimizer, attach
 from constrained_equiv._relax import disabled, parameter_groups, relax, relaxations
 from constrained_equiv._symmetry import Symmetry
 from constrained_equiv._verify import assert_equivariant, equivariance_error
@@ -30,6 +31,7 @@ __all__ = [
     "actions",
     "adapters",
     "assert_equivariant",
+    "attach",
     "constraints",
     "disabled",
     "equivariance_error",
@@ -39,6 +41,7 @@ __all__ = [
     "intertwiners",
     "monitor",
     "parameter_groups",
+    "presets",
     "relax",
     "relaxations",
     "representations",

@@ -67,7 +67,9 @@ class Problem(cooper.ConstrainedMinimizationProblem):
         """
         found = violations() if callable(violations) else violations
         observed = {
-            constraint: cooper.ConstraintState(found[name], contributes_to_dual_update=constraint.multiplier is not None)
+            constraint: cooper.ConstraintState(
+                found[name], contributes_to_dual_update=constraint.multiplier is not None
+            )
             for name, constraint in self._constraints.items()
         }
         return cooper.CMPState(loss() if callable(loss) else loss, observed)

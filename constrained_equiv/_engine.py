@@ -11,7 +11,7 @@ dispatched operations does not depend on the number of terms per distinct shape.
 """
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, NamedTuple, TypeAlias
@@ -24,7 +24,7 @@ from constrained_equiv._dual import DualFactory, DualName, FormulationName, Mult
 from constrained_equiv._terms import NonEquivariantTerm
 from constrained_equiv.constraints import Constraint, Penalty, ScaleSchedule, Terms, norm_shares
 from constrained_equiv.errors import CheckpointError, ConstraintError, NonFiniteError
-from constrained_equiv.schedules import value_at
+from constrained_equiv.schedules import Joined, Ramp, Schedule, value_at
 
 Record: TypeAlias = Constraint | Penalty | ScaleSchedule
 Order: TypeAlias = Literal["dual-primal", "simultaneous", "primal-dual"]
@@ -178,7 +178,7 @@ class Engine:
         Args:
             first: whether this is the first evaluation of the step, the one that the multipliers see.
         """
-        moving = first and self.options.enforce != "projection" and not self._frozen()
+        moving = first and not self._frozen() and self.options.enforce != "projection"
         if self.multipliers is not None:
             self._measure(synchronise=first)
             if moving and self.options.order == "dual-primal":
@@ -202,11 +202,16 @@ class Engine:
         self._project_weights()
         if self.options.enforce == "proximal":
             self._shrink()
-        if self.options.order == "primal-dual" and self.options.enforce != "projection" and self.multipliers is not None:
+        if (
+            self.options.order == "primal-dual"
+            and self.options.enforce != "projection"
+            and self.multipliers is not None
+        ):
             if not self._frozen():
                 self._measure(synchronise=False)
                 self.multipliers.ascend(self.violations)
-        self.step += 1
+        if not self._waiting():
+            self.step += 1
         self._write_levels()
         self._write_scales()
         if self.options.enforce == "projection":
@@ -366,8 +371,8 @@ class Engine:
 
     def _project_weights(self) -> None:
         for stack in self._awake:
-            if stack.term.complement:
-                weights = [table["weight"] for table in stack.tables]
+            weights = [w for table in stack.tables if (w := table["weight"]).requires_grad]
+            if weights and stack.term.complement:
                 _tensors.map_stacked_(weights, stack.term.projection.complement_, self._scratch)
 
     def _project_onto_balls(self) -> None:
@@ -457,6 +462,17 @@ class Engine:
         for record in self.scales:
             _tensors.fill_(record.terms.scales(), value_at(record.schedule, self.step))
 
+    def _waiting(self) -> bool:
+        """Whether training has not begun: checkpoint helpers take a step with all rates 0 to create state."""
+        return not self._trained and all(
+            isinstance(g["lr"], int | float) and not g["lr"] for g in self.base.param_groups
+        )
+
+    def settled(self) -> bool:
+        """Whether all levels and scales have reached their end; a schedule of the user's own ends where it is 0."""
+        schedules = [record.level for record in self.records] + [record.schedule for record in self.scales]
+        return all(_ended(schedule, self.step) for schedule in schedules)
+
     def _frozen(self) -> bool:
         """Whether the terms cannot move, so that multipliers would wind up; only rates known to the host count."""
         groups = self.base.param_groups
@@ -512,6 +528,15 @@ class Engine:
                 f"a slack of {record.slack.cost} cost with formulation {named!r}: expected 'augmented_lagrangian', "
                 "which determines the slack"
             )
+
+
+def _ended(schedule: Schedule, step: int) -> bool:
+    if isinstance(schedule, Ramp):
+        return step >= schedule.steps
+    if isinstance(schedule, Joined):
+        last = schedule.boundaries[-1] if schedule.boundaries else 0
+        return step >= last and _ended(schedule.schedules[-1], step - last)
+    return value_at(schedule, step) == 0
 
 
 def _is_whole_norm(record: Constraint | Penalty) -> bool:

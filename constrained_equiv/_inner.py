@@ -1,7 +1,7 @@
 """Inner actions: how a group acts on the tensors between the layers of a network.
 
-What enters: a module, a tensor, a `Symmetry`. What leaves: `Known` actions, stated by layers, given by the user or worth
-trying, and words for what goes wrong in common layers. Called by the audit.
+What enters: a module, a tensor, a `Symmetry`. What leaves: `Known` actions, stated by layers, given by the user or
+worth trying, and words for what goes wrong in common layers. Called by the audit.
 Law: a statement binds (its failure is an error); a guess that fails says nothing.
 """
 
@@ -213,7 +213,7 @@ def _usual(tensor: Tensor, group: Group) -> Iterator[tuple[str, Callable[[Tensor
         if shape and shape[-1] > group.degree and shape[-1] % group.degree == 0:
             channels = shape[-1] // group.degree
             for layout in ("mul_ir", "ir_mul"):
-                vectors = representations.defining(group, channels=channels, layout=layout)  # type: ignore[arg-type]
+                vectors = representations.defining(group, channels=channels, layout=layout)
                 yield f"{channels} vectors, {layout}", vectors.act
         if group.degree == 2 and group.order is not None and tensor.ndim >= 3:
             yield "pixels", actions.pixels
@@ -270,10 +270,9 @@ def _escnn_element(group: Any, standard: Any, matrix: Tensor) -> Any:
     if group.order() > 0:
         candidates = list(group.elements)
     else:
-        flip = torch.linalg.det(matrix) < 0
-        proper = (
-            matrix @ torch.as_tensor(standard(group.reflection)).to(matrix) if flip and len(matrix) == 2 else matrix
-        )
+        flip = bool(torch.linalg.det(matrix) < 0)
+        mirrored = flip and len(matrix) == 2
+        proper = matrix @ torch.as_tensor(standard(group.reflection)).to(matrix) if mirrored else matrix
         angle = float(torch.atan2(proper[1, 0], proper[0, 0]))
         candidates = {
             "SO(2)": lambda: [group.element(angle, "radians")],
@@ -325,6 +324,8 @@ def culprit(module: nn.Module, tensors: list[Tensor], entering: str) -> str:
             f"stride {stride} on a grid of {size}: {rest} points are left over on one side; expected (n + 2 padding - "
             "dilation (kernel - 1) - 1) divisible by the stride"
         )
+    if getattr(getattr(module, "non_equivariant", None), "active", False):
+        return "its non-equivariant term is on; ce.disabled(model) and ce.finalize(model) take it away"
     statistics = isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training
     where = f" (acting on it: {entering})" if entering else ""
     for classes, words in _MIXERS.items():

@@ -16,7 +16,7 @@ from torch import Tensor
 from constrained_equiv._dual import DualFactory, DualName, FormulationName, Multipliers
 from constrained_equiv._engine import AtZero, Enforce, Engine, OnNonFinite, Options, Order, Readings, Record
 from constrained_equiv.constraints import Constraint
-from constrained_equiv.errors import CheckpointError, ConstraintError, SerializationError
+from constrained_equiv.errors import ConstraintError, SerializationError
 
 __all__ = ["Attached", "ConstrainedOptimizer", "Readings", "attach"]
 
@@ -198,6 +198,11 @@ class ConstrainedOptimizer(torch.optim.Optimizer):
         """Number of successful steps, the position in all schedules."""
         return self._engine.step
 
+    @property
+    def settled(self) -> bool:
+        """Whether all levels and scales have reached their end, so that models may be selected and training stopped."""
+        return self._engine.settled()
+
     def readings(self) -> Readings:
         """Return values, levels and multipliers of all constraints as copies on the device."""
         return self._engine.readings()
@@ -298,6 +303,11 @@ class Attached:
         """Number of successful steps, the position in all schedules."""
         return self._engine.step
 
+    @property
+    def settled(self) -> bool:
+        """Whether all levels and scales have reached their end, so that models may be selected and training stopped."""
+        return self._engine.settled()
+
     def readings(self) -> Readings:
         """Return values, levels and multipliers of all constraints as copies on the device."""
         return self._engine.readings()
@@ -376,7 +386,9 @@ def attach(
     if isinstance(optimizer, ConstrainedOptimizer):
         raise ConstraintError("optimizer is a ConstrainedOptimizer already: pass its constraints there")
     if not isinstance(optimizer, torch.optim.Optimizer):
-        raise ConstraintError(f"optimizer={optimizer!r}: expected a torch optimizer, for example torch.optim.AdamW(...)")
+        raise ConstraintError(
+            f"optimizer={optimizer!r}: expected a torch optimizer, for example torch.optim.AdamW(...)"
+        )
     options = Options(
         formulation=formulation,
         penalty=penalty,

@@ -136,6 +136,12 @@ def map_stacked_(
             add_scaled_(here, plus[0][piece], plus[1][piece])
 
 
+@torch.no_grad()
+def stacked(tensors: Sequence[Tensor]) -> Tensor:
+    """Return a copy of whole tensors of one shape as a stack without history."""
+    return torch.stack([whole(tensor) for tensor in tensors])
+
+
 def adjoin_(parameters: Sequence[Tensor]) -> None:
     """Move parameters of one shape into one block of memory, where `map_stacked_` finds them without copying.
 
@@ -204,7 +210,9 @@ def is_sharded(tensor: Tensor) -> bool:
 
 def any_sharded(tensors: Sequence[Tensor]) -> bool:
     """Whether any tensor is distributed over processes."""
-    return "torch.distributed.tensor" in sys.modules and any(map(is_sharded, tensors))
+    if "torch.distributed.tensor" not in sys.modules or not torch.distributed.is_initialized():
+        return False
+    return any(map(is_sharded, tensors))
 
 
 def locals_(tensors: Sequence[Tensor]) -> list[Tensor]:

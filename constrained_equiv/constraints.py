@@ -573,8 +573,7 @@ def _stacked_measure(
         with torch.set_grad_enabled(differentiate):
             for stack in terms.stacks:
                 modules = terms.modules[stack]
-                leaf = torch.stack([_tensors.whole(term.weight.detach()) for term in modules])
-                leaf.requires_grad_(differentiate)
+                leaf = _tensors.stacked([term.weight for term in modules]).requires_grad_(differentiate)
                 squared = square(leaf * factors[stack].view(-1, *[1] * (leaf.ndim - 1)), modules)
                 positive = squared > 0
                 pieces.append(torch.where(positive, torch.where(positive, squared, 1.0).sqrt(), 0.0))

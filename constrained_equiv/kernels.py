@@ -180,6 +180,8 @@ class Kernels:
 
     def complement_(self, maps: Tensor) -> Tensor:
         """Replace kernels (..., *shape) by kernels - P kernels in place, and return them."""
+        if not maps.is_contiguous():  # as after model.to(memory_format=torch.channels_last)
+            return maps.copy_(self.complement_(maps.contiguous()))
         channels = self._channels(maps)
         for b, a, local in self.local:
             if not local.rank:
@@ -230,7 +232,7 @@ class Kernels:
         """View kernels as (n, out, in, points)."""
         if tuple(maps.shape[-len(self.shape) :]) != self.shape:
             raise RepresentationError(f"kernels of shape {tuple(maps.shape)}: expected (..., {self.shape})")
-        flat = maps.view(-1, *self.shape[:2], prod(self.shape[2:]))
+        flat = maps.reshape(-1, *self.shape[:2], prod(self.shape[2:]))
         return flat.transpose(1, 2) if self.transposed else flat
 
 

@@ -11,7 +11,6 @@ import argparse
 import copy
 import time
 from collections.abc import Callable
-from statistics import median
 from typing import Any
 
 import cooper

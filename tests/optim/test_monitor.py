@@ -1,0 +1,195 @@
+"""The monitor records without reading, judges rightly, keeps true copies and never stops early."""
+
+import csv
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import constrained_equiv as ce
+from constrained_equiv.monitor import BestModel, EarlyStopping, Monitor
+from tests.optim.test_cost import Operations
+from tests.optim.test_setups import Net, data, train, wrap
+from tests.optim.toys import layers, minimise
+
+
+def flat_gate(curvature: float, target: float, steps: int, every: int = 10, **options: Any) -> Monitor:
+    """A gate whose loss has little curvature: the toy on which plain simultaneous ascent turns in circles."""
+    model, terms = layers((1, 1), gate=True)
+    base = torch.optim.SGD([p for t in terms for p in t.parameters()], lr=0.05)
+    optimizer = ce.ConstrainedOptimizer(base, ce.constraints.gate(model), **options)
+    monitor = Monitor(optimizer, every=every)
+    minimise(optimizer, lambda: 0.5 * curvature * (terms[0].gate - target).square(), steps)
+    return monitor
+
+
+def resisting_norm(**options: Any) -> Monitor:
+    """A term that the data want at 1, pushed to 0 by a multiplier that is too slow to get there."""
+    model, terms = layers((1, 1))
+    base = torch.optim.SGD(model.parameters(), lr=0.05)
+    constraint = ce.constraints.weight(model, level=0.0)
+    optimizer = ce.ConstrainedOptimizer(base, constraint, at_zero="multipliers", **options)
+    monitor = Monitor(optimizer, every=10)
+    minimise(optimizer, lambda: 5.0 * (terms[0].weight - 1.0).square().sum(), 600)
+    return monitor
+
+
+SLOW = {"formulation": "lagrangian", "dual_lr": 0.05}
+
+
+def test_a_limit_cycle_is_told_from_data_that_resist() -> None:
+    cycle = flat_gate(0.001, 0.0, 1_500, **SLOW, order="simultaneous")
+    assert set(cycle.verdicts().values()) == {"cycling"}
+    assert "augmented_lagrangian" in cycle.diagnose()
+    resisting = resisting_norm(**SLOW)
+    assert set(resisting.verdicts().values()) == {"resisting"}
+    assert "resilient" in resisting.diagnose()
+    cured = flat_gate(0.001, 0.0, 1_500)
+    assert not {"cycling", "resisting"} & set(cured.verdicts().values())
+
+
+def test_the_detector_survives_a_checkpoint(tmp_path: Path) -> None:
+    cycle = flat_gate(0.001, 0.0, 1_500, **SLOW, order="simultaneous")
+    torch.save(cycle.state_dict(), tmp_path / "monitor.pt")
+    other = flat_gate(0.001, 0.0, 1, every=1)
+    other.load_state_dict(torch.load(tmp_path / "monitor.pt", weights_only=True))
+    assert other.verdicts() == cycle.verdicts()
+    assert all((a == b).all() for a, b in zip(other.history()[2:], cycle.history()[2:], strict=True))
+
+
+@pytest.mark.parametrize(
+    ("level", "target", "verdict"), [(0.5, 2.0, "active"), (3.0, 2.0, "inactive"), (0.0, 2.0, "zero")]
+)
+def test_verdicts_on_settled_constraints(level: float, target: float, verdict: str) -> None:
+    model, terms = layers((1, 1))
+    base = torch.optim.SGD(model.parameters(), lr=0.1)
+    optimizer = ce.ConstrainedOptimizer(base, ce.constraints.weight(model, level=level))
+    monitor = Monitor(optimizer)
+    minimise(optimizer, lambda: 0.5 * (terms[0].weight - target).square().sum(), 300)
+    assert list(monitor.verdicts().values()) == [verdict]
+
+
+def test_a_schedule_that_is_too_fast_is_named() -> None:
+    model, terms = layers((1, 1))
+    with torch.no_grad():
+        terms[0].weight.fill_(2.0)
+    optimizer = ce.ConstrainedOptimizer(
+        torch.optim.SGD(model.parameters(), lr=1e-3),
+        ce.constraints.weight(model, level=ce.schedules.linear(2.0, 0.1, 100)),
+    )
+    monitor = Monitor(optimizer)
+    minimise(optimizer, lambda: 0.5 * (terms[0].weight - 2.0).square().sum(), 99)
+    assert "more steps" in monitor.diagnose()
+
+
+def test_recording_reads_nothing() -> None:
+    model = Net()
+    optimizer = wrap(model, torch.optim.SGD)
+    monitor = Monitor(optimizer)
+    train(model, optimizer, *data(), 1)
+    with Operations(forbid=True):
+        optimizer.step()
+    assert list(monitor.history().steps) == [1, 2]
+
+
+def test_writers_and_plot_agree_with_the_history(tmp_path: Path) -> None:
+    model = Net()
+    optimizer = wrap(model)
+    monitor = Monitor(optimizer, every=2)
+    assert "nothing recorded" in monitor.diagnose()
+    train(model, optimizer, *data(), 6)
+    history = monitor.history()
+    assert list(history.steps) == [2, 4, 6]
+    monitor.write_csv(tmp_path / "h.csv")
+    rows = list(csv.DictReader((tmp_path / "h.csv").read_text().splitlines()))
+    assert [float(r["value"]) for r in rows] == pytest.approx(history.values.flatten().tolist(), rel=1e-8)
+
+    class Writer:
+        seen: list[tuple[str, float, int]] = []
+
+        def add_scalar(self, tag: str, value: float, step: int) -> None:
+            self.seen.append((tag, value, step))
+
+    monitor.write_tensorboard(Writer())
+    assert (f"values/{history.names[0]}", history.values[0, 0], 2) in Writer.seen
+    assert len(Writer.seen) == 3 * history.values.size
+    assert "worst violation" in monitor.summary()
+    matplotlib = pytest.importorskip("matplotlib")
+    matplotlib.use("Agg")
+    figure = monitor.plot()
+    assert len(figure.axes) == 2
+    matplotlib.pyplot.close(figure)
+
+
+@pytest.mark.parametrize("every", [0, -1])
+def test_distances_are_positive(every: int) -> None:
+    with pytest.raises(ce.errors.ConstraintError, match="every"):
+        Monitor(wrap(Net()), every=every)
+
+
+# --- the best model, and when to stop ---
+
+
+def test_the_best_model_is_a_copy_judged_with_terms_off_after_the_levels_ended() -> None:
+    model = Net()
+    optimizer = wrap(model, level=ce.schedules.linear(0.1, 0.0, 3))
+    best = BestModel(model, optimizer)
+    x, y = data()
+
+    def active(net: Any) -> float:
+        return float(any(r.term.active for r in ce.relaxations(net)))
+
+    assert best.consider(active) == 0.0  # terms are off while a model is judged
+    assert best.score is None  # and none is kept while a level is above 0
+    with pytest.raises(ce.errors.ConstraintError, match="no model was kept"):
+        best.restore()
+    train(model, optimizer, x, y, 3)
+    best.consider(lambda net: 1.0)
+    kept = [p.detach().clone() for p in model.parameters()]
+    train(model, optimizer, x, y, 3)
+    best.consider(lambda net: 2.0)
+    best.consider(lambda net: float("nan"))
+    assert (best.score, best.step) == (1.0, 3)
+    assert not all(torch.equal(a, b) for a, b in zip(model.parameters(), kept, strict=True))
+    resumed = BestModel(model, optimizer)
+    resumed.load_state_dict(best.state_dict())
+    resumed.restore()
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), kept, strict=True))
+
+
+def test_higher_may_be_better() -> None:
+    model = Net()
+    optimizer = wrap(model, level=0.0)
+    best = BestModel(model, optimizer, higher_is_better=True)
+    for score in (0.1, 0.9, 0.5):
+        best.consider(lambda net, s=score: s)
+    assert best.score == 0.9
+
+
+def test_training_is_not_stopped_before_the_levels_end() -> None:
+    model = Net()
+    optimizer = wrap(model, level=ce.schedules.linear(0.1, 0.0, 5))
+    guard = EarlyStopping(optimizer, patience=2)
+    for _ in range(5):
+        assert not guard.should_stop(1.0)
+        train(model, optimizer, *data(), 1)
+    resumed = EarlyStopping(optimizer, patience=2)
+    assert not guard.should_stop(1.0)
+    assert not guard.should_stop(1.0)
+    resumed.load_state_dict(guard.state_dict())
+    assert resumed.should_stop(1.0)
+    assert not guard.should_stop(0.5)
+
+
+def test_constant_and_ramped_levels_settle() -> None:
+    model = Net()
+    assert wrap(model, level=0.1).settled
+    assert not wrap(model, level=ce.schedules.linear(0.2, 0.1, 3)).settled
+    base = torch.optim.SGD(model.parameters(), lr=0.1)
+    triangle = ce.constraints.scale(model, schedule=ce.schedules.triangle(4))
+    optimizer = ce.ConstrainedOptimizer(base, triangle)
+    for _ in range(4):  # it starts at 0, too
+        assert not optimizer.settled
+        train(model, optimizer, *data(), 1)
+    assert optimizer.settled

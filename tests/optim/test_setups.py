@@ -1,0 +1,457 @@
+"""Whatever people train with: the wrapped optimizer behaves as its base does, and the constraint is met besides."""
+
+import copy
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import constrained_equiv as ce
+from tests.optim.toys import points
+
+LEVEL = 0.05
+
+
+class Net(nn.Module):
+    """Two layers on sets of points with a nonlinearity."""
+
+    def __init__(self, dtype: torch.dtype = torch.float64) -> None:
+        super().__init__()
+        self.layers = points(2).to(dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers[1](torch.tanh(self.layers[0](x)))
+
+
+def data(count: int = 32, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
+    x = torch.randn(count, 3, 2, dtype=dtype)
+    return x, x.roll(1, 1) * torch.tensor([1.0, 2.0, 3.0], dtype=dtype)[:, None]
+
+
+def loss(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    return (model(x) - y).square().mean()
+
+
+def wrap(model: nn.Module, base: Any = torch.optim.Adam, level: Any = LEVEL, **options: Any) -> ce.ConstrainedOptimizer:
+    return ce.ConstrainedOptimizer(
+        base(model.parameters(), lr=0.02), ce.constraints.weight(model, level=level), **options
+    )
+
+
+def train(model: nn.Module, optimizer: Any, x: Tensor, y: Tensor, steps: int) -> None:
+    for _ in range(steps):
+        optimizer.zero_grad()
+        loss(model, x, y).backward()
+        optimizer.step()
+
+
+def parameters(model: nn.Module) -> list[Tensor]:
+    return [p.detach() for p in model.parameters()]
+
+
+def same(left: nn.Module, right: nn.Module, atol: float = 0.0) -> bool:
+    pairs = zip(parameters(left), parameters(right), strict=True)
+    return all(torch.allclose(a, b, rtol=0, atol=atol) for a, b in pairs)
+
+
+def twins() -> tuple[nn.Module, nn.Module]:
+    model = Net()
+    return model, copy.deepcopy(model)
+
+
+def values(optimizer: Any) -> Tensor:
+    return optimizer.readings().values
+
+
+SCHEDULERS = {
+    "step": lambda o: torch.optim.lr_scheduler.StepLR(o, 5),
+    "cosine": lambda o: torch.optim.lr_scheduler.CosineAnnealingLR(o, 40),
+    "one cycle": lambda o: torch.optim.lr_scheduler.OneCycleLR(o, 0.02, total_steps=40),
+    "warm up, then decay": lambda o: torch.optim.lr_scheduler.SequentialLR(
+        o,
+        [torch.optim.lr_scheduler.LinearLR(o, 0.1, total_iters=5), torch.optim.lr_scheduler.ExponentialLR(o, 0.9)],
+        [5],
+    ),
+}
+
+
+@pytest.mark.parametrize("scheduler", SCHEDULERS)
+def test_learning_rate_schedulers_drive_the_base(scheduler: str) -> None:
+    """Warnings are errors: the scheduler must see our step as an optimizer's."""
+    model, other = twins()
+    found = []
+    for net, wrapped in ((model, True), (other, False)):
+        base = torch.optim.SGD(net.parameters(), lr=0.02, momentum=0.9)
+        record = ce.constraints.weight(net, level=LEVEL)
+        optimizer = ce.ConstrainedOptimizer(base, record) if wrapped else base
+        schedule, rates = SCHEDULERS[scheduler](optimizer), []
+        for _ in range(10):
+            train(net, optimizer, *data(), 1)
+            schedule.step()
+            rates.append(base.param_groups[0]["lr"])
+        found.append(rates)
+    assert found[0] == found[1]
+
+
+def test_step_hooks_run_around_the_constrained_step() -> None:
+    model, optimizer, seen = Net(), None, []
+    optimizer = wrap(model)
+    optimizer.register_step_pre_hook(lambda *_: seen.append(("before", optimizer.finished_steps)))
+    optimizer.register_step_post_hook(lambda *_: seen.append(("after", optimizer.finished_steps)))
+    train(model, optimizer, *data(), 1)
+    assert seen == [("before", 0), ("after", 1)]
+
+
+def test_accumulation_equals_the_big_batch() -> None:
+    model, other = twins()
+    x, y = data()
+    one, two = wrap(model), wrap(other)
+    train(model, one, x, y, 5)
+    for _ in range(5):
+        two.zero_grad()
+        for half in (slice(0, 16), slice(16, 32)):
+            (loss(other, x[half], y[half]) / 2).backward()
+        two.step()
+    assert same(model, other, 1e-12)
+    assert torch.allclose(one.readings().multipliers, two.readings().multipliers, rtol=0, atol=1e-12)
+
+
+def test_clipping_clips_the_task_alone() -> None:
+    """With the task clipped to nothing, what moves the terms is the constraint."""
+    model = Net()
+    optimizer = wrap(model, torch.optim.SGD, level=0.0, at_zero="multipliers", formulation="lagrangian", dual_lr=1.0)
+    before = [r.term.weight.detach().clone() for r in ce.relaxations(model)]
+    for _ in range(2):
+        optimizer.zero_grad()
+        loss(model, *data()).backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1e-30)
+        optimizer.step()
+    for term, old in zip([r.term for r in ce.relaxations(model)], before, strict=True):
+        assert term.weight.norm() < old.norm() * (1 - 1e-4)
+        assert torch.allclose(term.weight / term.weight.norm(), old / old.norm(), atol=1e-12)
+
+
+@pytest.mark.parametrize("base", [torch.optim.SGD, torch.optim.Adam])
+def test_a_closure_is_the_same_step(base: Any) -> None:
+    model, other = twins()
+    x, y = data()
+    one, two = wrap(model, base), wrap(other, base)
+
+    def closure() -> Tensor:
+        two.zero_grad()
+        value = loss(other, x, y)
+        value.backward()
+        return value
+
+    for _ in range(5):
+        expected = loss(model, x, y).detach()
+        train(model, one, x, y, 1)
+        assert torch.equal(two.step(closure), expected)
+    assert same(model, other)
+
+
+@pytest.mark.parametrize("line_search", [None, "strong_wolfe"])
+def test_lbfgs_minimises_the_lagrangian(line_search: Any) -> None:
+    model = Net()
+    x, y = data()
+    base = torch.optim.LBFGS(model.parameters(), lr=0.2 if line_search is None else 1.0, line_search_fn=line_search)
+    optimizer = ce.ConstrainedOptimizer(base, ce.constraints.weight(model, level=LEVEL))
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        value = loss(model, x, y)
+        value.backward()
+        return value
+
+    for _ in range(60):
+        optimizer.step(closure)
+    assert values(optimizer).max() <= LEVEL + 2e-3
+    assert optimizer.finished_steps == 60
+    for r in ce.relaxations(model):
+        projected = r.term.projection.complement_(r.term.weight.detach().clone())
+        assert torch.allclose(projected, r.term.weight, atol=1e-14)
+
+
+def test_several_groups_keep_their_own_options() -> None:
+    model = Net()
+    groups = ce.parameter_groups(model, lr=0.02, term_lr=0.01)
+    base = torch.optim.AdamW(groups, weight_decay=0.1)
+    optimizer = ce.ConstrainedOptimizer(base, ce.constraints.weight(model, level=LEVEL))
+    train(model, optimizer, *data(), 3)
+    assert [g["lr"] for g in optimizer.param_groups] == [0.02, 0.01]
+    assert [g["weight_decay"] for g in optimizer.param_groups] == [0.1, 0.0]
+
+
+@pytest.mark.parametrize(
+    "flags", [{"foreach": True}, {"foreach": False}, {"fused": True}, {"amsgrad": True}], ids=lambda f: next(iter(f))
+)
+def test_implementations_of_adam_agree(flags: dict[str, Any]) -> None:
+    model, other = twins()
+    x, y = data()
+    train(model, wrap(model, lambda ps, lr: torch.optim.Adam(ps, lr=lr, **flags)), x, y, 10)
+    plain = {"amsgrad": True} if "amsgrad" in flags else {}
+    train(other, wrap(other, lambda ps, lr: torch.optim.Adam(ps, lr=lr, **plain)), x, y, 10)
+    assert same(model, other, 1e-12)
+
+
+def test_a_tensor_learning_rate_is_not_read() -> None:
+    model, other = twins()
+    x, y = data()
+    base = torch.optim.Adam(model.parameters(), lr=torch.tensor(0.02, dtype=torch.float64), foreach=False)
+    train(model, ce.ConstrainedOptimizer(base, ce.constraints.weight(model, level=LEVEL)), x, y, 5)
+    train(other, wrap(other), x, y, 5)
+    assert same(model, other, 1e-9)
+
+
+def test_frozen_terms_are_left_alone() -> None:
+    model = Net()
+    frozen = ce.relaxations(model)[0].term
+    frozen.requires_grad_(False)
+    before = frozen.weight.clone()
+    optimizer = wrap(model, torch.optim.SGD, level=0.01)
+    train(model, optimizer, *data(), 5)
+    assert torch.equal(frozen.weight, before) and frozen.weight.grad is None
+
+
+def test_a_learning_rate_of_zero_moves_nothing() -> None:
+    model = Net()
+    optimizer = wrap(model, torch.optim.SGD)
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
+    before = parameters(copy.deepcopy(model))
+    train(model, optimizer, *data(), 3)
+    assert all(torch.allclose(a, b, atol=1e-15) for a, b in zip(parameters(model), before, strict=True))
+    assert torch.equal(optimizer.readings().multipliers, torch.zeros(2).double())
+
+
+def test_levels_after_the_learning_rate_ended_warn() -> None:
+    model = Net()
+    optimizer = wrap(model, torch.optim.SGD)
+    train(model, optimizer, *data(), 1)
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
+    with pytest.warns(UserWarning, match="end the level schedule before"):
+        train(model, optimizer, *data(), 1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        train(model, optimizer, *data(), 1)
+
+
+# --- mixed precision ---
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_gradient_scaler_changes_nothing_and_skips_the_dual(fused: bool) -> None:
+    found = []
+    for scaled in (True, False):
+        torch.manual_seed(0)
+        model = Net(torch.float32)
+        x, y = data(dtype=torch.float32)
+        optimizer = wrap(model, lambda ps, lr: torch.optim.Adam(ps, lr=lr, fused=fused))
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, enabled=scaled)
+        for step in range(6):
+            optimizer.zero_grad()
+            value = loss(model, x, y)
+            if scaled and step == 3:  # an overflow: this step must change nothing at all
+                (scaler.scale(value) * torch.inf).backward()
+                before = parameters(copy.deepcopy(model)), optimizer.readings().multipliers, optimizer.finished_steps
+                scaler.step(optimizer)
+                assert all(torch.equal(a, b) for a, b in zip(before[0], parameters(model), strict=True))
+                assert torch.equal(before[1], optimizer.readings().multipliers)
+                assert before[2] == optimizer.finished_steps
+            elif scaled or step != 3:
+                scaler.scale(value).backward()
+                scaler.step(optimizer)
+            scaler.update()
+        found.append((model, optimizer.readings().multipliers))
+    assert same(found[0][0], found[1][0], 1e-6)
+    assert torch.allclose(found[0][1], found[1][1], atol=1e-6)
+
+
+def test_autocast_leaves_multipliers_in_float32() -> None:
+    model = Net(torch.float32)
+    x, y = data(dtype=torch.float32)
+    optimizer = wrap(model, formulation=type("Own", (ce._dual.AugmentedLagrangian,), {}))  # the path through Cooper
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        train(model, optimizer, x, y, 3)
+    now = optimizer.readings()
+    assert now.multipliers.dtype == torch.float32
+    rounded = now.multipliers.bfloat16().float()
+    assert not torch.equal(rounded, now.multipliers)
+
+
+def test_bfloat16_terms_have_float32_multipliers() -> None:
+    model = Net(torch.bfloat16)
+    x, y = data(dtype=torch.bfloat16)
+    optimizer = wrap(model, torch.optim.SGD, level=0.02)
+    train(model, optimizer, x, y, 20)
+    now = optimizer.readings()
+    assert now.values.dtype == now.multipliers.dtype == torch.float32
+    assert (now.multipliers > 0).all()
+
+
+# --- gradients that are not finite ---
+
+
+@pytest.mark.parametrize("policy", ["ignore", "skip", "raise"])
+@pytest.mark.parametrize("closed", [False, True])
+def test_gradients_that_are_not_finite(policy: Any, closed: bool) -> None:
+    model = Net()
+    optimizer = wrap(model, torch.optim.SGD, on_nonfinite=policy)
+    x, y = data()
+    train(model, optimizer, x, y, 2)
+    before, step = copy.deepcopy(model), optimizer.finished_steps
+    duals = optimizer.readings().multipliers
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        value = loss(model, x, y)
+        value.backward()
+        ce.relaxations(model)[0].term.weight.grad[0, 0] = torch.nan
+        return value
+
+    def step_once() -> None:
+        optimizer.step(closure) if closed else (closure(), optimizer.step())
+
+    if policy == "raise":
+        with pytest.raises(ce.errors.NonFiniteError, match="nothing was updated"):
+            step_once()
+    else:
+        step_once()
+    if policy == "ignore":
+        assert all(torch.isfinite(p).all() for p in parameters(model))
+        assert torch.isfinite(optimizer.readings().multipliers).all()
+        assert optimizer.finished_steps == step + 1
+    else:
+        assert same(model, before) and optimizer.finished_steps == step
+        assert torch.equal(optimizer.readings().multipliers, duals)
+
+
+# --- copies ---
+
+
+def test_averaged_models_average_terms() -> None:
+    model = Net()
+    average = torch.optim.swa_utils.AveragedModel(model)
+    optimizer = wrap(model)
+    for _ in range(3):
+        train(model, optimizer, *data(), 1)
+        average.update_parameters(model)
+    assert len(ce.relaxations(average)) == 2
+    for r in ce.relaxations(average):  # the complement is a linear space: averages stay in it
+        projected = r.term.projection.complement_(r.term.weight.detach().clone())
+        assert torch.allclose(projected, r.term.weight, atol=1e-14)
+
+
+def test_model_and_optimizer_are_copied_together() -> None:
+    model = Net()
+    optimizer = wrap(model, level=ce.schedules.linear(0.1, 0.0, 8))
+    x, y = data()
+    train(model, optimizer, x, y, 4)
+    other, replica = copy.deepcopy((model, optimizer))
+    for _ in range(6):
+        train(model, optimizer, x, y, 1)
+    untouched = copy.deepcopy(other)
+    assert same(other, untouched)
+    train(other, replica, x, y, 6)
+    assert same(model, other)
+    assert torch.equal(optimizer.readings().multipliers, replica.readings().multipliers)
+
+
+def test_pickling_is_refused_with_the_way_out() -> None:
+    import pickle
+
+    with pytest.raises(ce.errors.SerializationError, match="state_dict"):
+        pickle.dumps(wrap(Net()))
+
+
+def test_a_compiled_model_trains_the_same() -> None:
+    model, other = twins()
+    x, y = data()
+    train(model, wrap(model), x, y, 3)
+    compiled = torch.compile(other, fullgraph=True, backend="aot_eager")
+    train(compiled, wrap(other), x, y, 3)
+    assert same(model, other, 1e-12)
+
+
+# --- attach ---
+
+
+@pytest.mark.parametrize("closed", [False, True])
+def test_attached_hooks_take_the_same_steps(closed: bool) -> None:
+    model, other = twins()
+    x, y = data()
+    wrapped = wrap(model)
+    plain = torch.optim.Adam(other.parameters(), lr=0.02)
+    handle = ce.attach(plain, ce.constraints.weight(other, level=LEVEL))
+
+    def closure() -> Tensor:
+        plain.zero_grad()
+        value = loss(other, x, y)
+        value.backward()
+        return value
+
+    for _ in range(5):
+        train(model, wrapped, x, y, 1)
+        plain.step(closure) if closed else (closure(), plain.step())
+    assert type(plain) is torch.optim.Adam
+    assert same(model, other)
+    assert torch.equal(wrapped.readings().multipliers, handle.readings().multipliers)
+
+
+def test_attached_state_is_saved_with_the_optimizer() -> None:
+    model, other = twins()
+    x, y = data()
+    plain = torch.optim.Adam(model.parameters(), lr=0.02)
+    handle = ce.attach(plain, ce.constraints.weight(model, level=LEVEL))
+    train(model, plain, x, y, 3)
+    other.load_state_dict(model.state_dict())
+    second = torch.optim.Adam(other.parameters(), lr=0.02)
+    copied = ce.attach(second, ce.constraints.weight(other, level=LEVEL))
+    second.load_state_dict(copy.deepcopy(plain.state_dict()))
+    assert copied.finished_steps == 3
+    train(model, plain, x, y, 3)
+    train(other, second, x, y, 3)
+    assert same(model, other)
+    assert torch.equal(handle.readings().multipliers, copied.readings().multipliers)
+
+
+def test_an_attached_fused_optimizer_under_a_scaler_sees_unscaled_gradients() -> None:
+    torch.manual_seed(0)
+    model = Net(torch.float32)
+    other = copy.deepcopy(model)
+    x, y = data(dtype=torch.float32)
+    plain = torch.optim.Adam(model.parameters(), lr=0.02, fused=True)
+    ce.attach(plain, ce.constraints.weight(model, level=LEVEL))
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    for _ in range(3):
+        plain.zero_grad()
+        scaler.scale(loss(model, x, y)).backward()
+        scaler.step(plain)
+        scaler.update()
+    train(other, wrap(other), x, y, 3)
+    assert same(model, other, 1e-6)
+
+
+def test_attached_skipping_and_detaching() -> None:
+    model, other = twins()
+    x, y = data()
+    plain = torch.optim.SGD(model.parameters(), lr=0.02)
+    handle = ce.attach(plain, ce.constraints.weight(model, level=LEVEL), on_nonfinite="skip")
+    loss(model, x, y).backward()
+    next(iter(model.parameters())).grad.fill_(torch.nan)
+    plain.step()
+    assert same(model, other) and handle.finished_steps == 0
+    handle.detach()
+    train(model, plain, x, y, 2)
+    train(other, torch.optim.SGD(other.parameters(), lr=0.02), x, y, 2)
+    assert same(model, other)
+    assert "constrained" not in plain.state_dict()
+
+
+def test_attaching_to_a_wrapped_optimizer_is_refused() -> None:
+    model = Net()
+    with pytest.raises(ce.errors.ConstraintError, match="already"):
+        ce.attach(wrap(model), ce.constraints.weight(model, level=LEVEL))
