@@ -170,8 +170,8 @@ def finalize(
     folded = {id(r.term): _fold(r, probe, notes) if fold else (0.0, 0.0) for r in leaving}
     removed = {id(r.term): _dropped_norm(r, fold) for r in leaving}
     remove(model, [r.layer for r in leaving], optimizer)
-    if isinstance(optimizer, ConstrainedOptimizer) and not kept:
-        optimizer.release()
+    if isinstance(optimizer, ConstrainedOptimizer):
+        _release(optimizer, leaving)
 
     changes: dict[int, float] = {}
     output_change = None
@@ -263,6 +263,16 @@ def _fold(relaxation: Relaxation, probe: "_Probe | None", notes: list[str]) -> t
             "weights; relax with complement=True for an exact finish"
         )
     return float(torch.linalg.vector_norm(written)), lost
+
+
+@torch.no_grad()
+def _release(optimizer: ConstrainedOptimizer, leaving: list[Relaxation]) -> None:
+    """Let an optimizer forget its constraints, unless it still trains some of their terms."""
+    trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    if not any(id(term.weight) in trained for record in optimizer.constraints for term in record.terms.modules):
+        optimizer.release()
+    for r in leaving:
+        r.term.weight.zero_()  # meets any bound from now on
 
 
 @torch.no_grad()

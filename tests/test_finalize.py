@@ -177,6 +177,21 @@ def test_terms_leave_the_optimizer(constrained, make):
         assert optimizer.constraints == () and optimizer.readings().names == ()
 
 
+def test_finalizing_a_part_keeps_the_constraints_of_the_rest():
+    model, (x, *_) = nn.Sequential(relax_sets(set_network()), relax_sets(set_network())), batches()
+    base = torch.optim.SGD(ce.parameter_groups(model, lr=1e-2))
+    optimizer = ce.ConstrainedOptimizer(base, ce.constraints.weight(model, level=0.1))
+    train(model, optimizer, (x,), 1)
+    ce.finalize(model[0], optimizer=optimizer, on_violation="drop")
+    assert [r.name for r in ce.relaxations(model)] == ["1.0", "1.2"]
+    readings = optimizer.readings()
+    train(model, optimizer, (x,), 2)
+    climbed = optimizer.readings().multipliers > readings.multipliers
+    assert [name for name, up in zip(readings.names, climbed, strict=True) if up] == ["1.0 (weight)", "1.2 (weight)"]
+    ce.finalize(model, optimizer=optimizer, on_violation="drop")
+    assert optimizer.constraints == ()
+
+
 # --- the check --------------------------------------------------------------------------------------------------------
 
 

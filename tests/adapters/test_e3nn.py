@@ -10,7 +10,6 @@ pytest.importorskip("e3nn")
 
 from e3nn import o3
 from e3nn.nn import Gate
-from e3nn.nn.models.v2106.gate_points_networks import SimpleNetwork
 
 import constrained_equiv as ce
 from constrained_equiv import groups
@@ -237,36 +236,3 @@ def test_a_scripted_network_is_refused_by_name():
         )
     with pytest.raises(ce.errors.RelaxationError, match=r"Linear in TorchScript \(relax the model before"):
         ce.relax(scripted)
-
-
-def test_a_network_of_e3nn_itself_goes_the_whole_way():
-    """`SimpleNetwork` as published relaxes without a change, trains, is finalized, reloads and is equivariant."""
-    sizes = {"max_radius": 2.0, "num_neighbors": 3.0, "num_nodes": 5.0, "layers": 2, "mul": 3}
-    model, untouched = (SimpleNetwork(irreps_in="2x0e", irreps_out="1x0e + 1x1o", **sizes) for _ in range(2))
-    positions, features = torch.randn(10, 3), torch.randn(10, 2)
-    graphs = torch.arange(2).repeat_interleave(5)
-
-    def predict(pos, x):
-        return model({"pos": pos, "x": x, "batch": graphs})
-
-    symmetry = ce.Symmetry(groups.E3(), (ce.actions.points, None), _scalar_and_vector)
-    plain = ce.equivariance_error(predict, (positions, features), symmetry=symmetry)
-    relaxed(model)
-    assert {r.layer.internal_weights for r in ce.relaxations(model)} == {True, False}
-    assert ce.equivariance_error(predict, (positions, features), symmetry=symmetry) > 1e-2
-    constraint = ce.constraints.weight(model, level=ce.schedules.linear(1.0, 0.0, 3))
-    optimizer = ce.ConstrainedOptimizer(torch.optim.Adam(ce.parameter_groups(model, lr=1e-3)), constraint)
-    for _ in range(5):
-        optimizer.zero_grad()
-        (predict(positions, features) - 1.0).square().mean().backward()
-        optimizer.step()
-    ce.finalize(model, optimizer=optimizer)
-    assert plain < 1e-12 and ce.equivariance_error(predict, (positions, features), symmetry=symmetry) < 1e-12
-    expected = predict(positions, features)
-    untouched.load_state_dict(model.state_dict())
-    model = untouched
-    assert torch.equal(predict(positions, features), expected)
-
-
-def _scalar_and_vector(element, tensor):
-    return torch.cat([tensor[:, :1], ce.actions.vectors(element, tensor[:, 1:])], -1)

@@ -20,9 +20,11 @@ def trained(constrain, *, level):
     layer = nn.Linear(1, 1, dtype=torch.float64)
     ce.relax(layer, where=lambda name, m: True, adapter=adapter, gate=True)
     target = layer.non_equivariant.projection.complement(torch.randn(4, 4, dtype=torch.float64))
-    optimizer = ce.ConstrainedOptimizer(torch.optim.Adam(layer.parameters(), lr=0.05), constrain(layer, level=level))
+    optimizer = ce.ConstrainedOptimizer(
+        torch.optim.Adam(layer.parameters(), lr=0.2), constrain(layer, level=level), enforce="projection"
+    )
     x = torch.randn(64, 4, 1, dtype=torch.float64)
-    for _ in range(600):
+    for _ in range(300):
         optimizer.zero_grad()
         (layer(x) - torch.einsum("pq,nqc->npc", target, x)).square().mean().backward()
         optimizer.step()
@@ -34,13 +36,13 @@ def test_a_small_gate_hides_a_large_term():
     gate, weight, added, target = trained(
         lambda m, level: ce.constraints.gate(m, level=level, type="inequality"), level=LEVEL
     )
-    assert abs(gate) < 1.2 * LEVEL  # the constraint holds
+    assert abs(gate) < LEVEL + 1e-12  # the constraint holds
     assert weight > 5 * target and added > 0.5 * target  # and the symmetry is broken all the same
 
 
 def test_the_norm_of_the_term_sees_through_the_gate():
     _, _, added, target = trained(ce.constraints.weight, level=LEVEL)
-    assert added < 1.1 * LEVEL < 0.1 * target
+    assert added < LEVEL + 1e-12 < 0.1 * target
 
 
 def test_the_measure_does_not_change_under_rescaling():
