@@ -22,7 +22,7 @@ from constrained_equiv._relax import Relaxation, relaxations, remove
 from constrained_equiv._symmetry import Symmetry
 from constrained_equiv._verify import equivariance_error
 from constrained_equiv.errors import ConstrainedEquivError, RelaxationError, ViolationError
-from constrained_equiv.schedules import value_at
+from constrained_equiv.schedules import final_value
 
 
 @dataclass(frozen=True)
@@ -231,7 +231,7 @@ def _checks(
     step = optimizer.finished_steps if isinstance(optimizer, ConstrainedOptimizer) else 0
     covered = set()
     for record in stated:
-        level = value_at(record.level, step)
+        level = final_value(record.level, step)
         for term, value in zip(record.terms.modules, record.measure.values(record.terms).tolist(), strict=True):
             covered.add(id(term))
             gap = abs(value - level) + level if record.type == "equality" else value

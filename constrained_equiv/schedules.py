@@ -181,6 +181,13 @@ def as_schedule(level: float | Schedule) -> Schedule:
     )
 
 
+def final_value(schedule: Schedule, step: int) -> float:
+    """Return where a schedule ends: exactly for those of this module, and the value at `step` for other functions."""
+    if isinstance(schedule, Joined):
+        return final_value(schedule.schedules[-1], step)
+    return float(schedule.end) if isinstance(schedule, Ramp) else value_at(schedule, step)
+
+
 def value_at(schedule: Schedule, step: int) -> float:
     """Evaluate a schedule at a step and check what it returned.
 

@@ -567,3 +567,20 @@ def test_a_forward_that_fails_changes_nothing():
 def test_a_plain_model_has_nothing_to_finalize():
     with pytest.raises(ce.errors.RelaxationError, match=r"no relaxed layer: expected a model after ce\.relax"):
         ce.finalize(set_network())
+
+
+def test_a_run_stopped_in_the_middle_of_its_schedule_is_refused() -> None:
+    points = ce.representations.permutation(4, channels=2)
+    adapter = ce.adapters.linear(points, points, axes=(-2, -1))
+    model = ce.relax(torch.nn.Linear(2, 2), where=lambda name, layer: True, adapter=adapter, init=0.1)
+    level = ce.schedules.join([ce.schedules.constant(1.0), ce.schedules.linear(1.0, 0.0, 10)], [5])
+    optimizer = ce.ConstrainedOptimizer(
+        torch.optim.SGD(model.parameters(), lr=1e-3), ce.constraints.weight(model, level=level)
+    )
+    with pytest.raises(ce.errors.ViolationError, match="nothing was removed"):
+        ce.finalize(model, optimizer=optimizer)  # below the level of step 0, far above the final one
+    for _ in range(15):
+        optimizer.zero_grad()
+        model(torch.randn(3, 4, 2)).square().mean().backward()
+        optimizer.step()
+    ce.finalize(model, optimizer=optimizer)
