@@ -139,7 +139,8 @@ def run(
         ValueError: if the checkpoint belongs to other settings.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    stem = folder / f"{method.name}-{seed}"
+    stem = f"{method.name}-{seed}"
+    checkpoint = folder / f"{stem}.pt"
     configuration = {
         "task": task.name,
         "method": method.name,
@@ -157,11 +158,11 @@ def run(
     constrained = isinstance(optimizer, ce.ConstrainedOptimizer)
     monitor = ce.monitor.Monitor(optimizer, every=max(1, steps // 400)) if constrained else None
     progress, best_state = Progress(), copy.deepcopy(model.state_dict())
-    if resume and stem.with_suffix(".pt").exists():
-        progress, best_state = _load(stem.with_suffix(".pt"), configuration, model, optimizer, anneal, monitor)
+    if resume and checkpoint.exists():
+        progress, best_state = _load(checkpoint, configuration, model, optimizer, anneal, monitor)
 
     tail = int(LEVEL_ENDS * settings.epochs) + 1  # selection starts when every method's terms are gone
-    bar = tqdm(range(progress.epoch, settings.epochs), stem.name, settings.epochs, initial=progress.epoch, disable=None)
+    bar = tqdm(range(progress.epoch, settings.epochs), stem, settings.epochs, initial=progress.epoch, disable=None)
     for epoch in bar:
         started = time.perf_counter()
         augment = task.augment if method.augment else None
@@ -177,7 +178,7 @@ def run(
         progress.epoch = epoch + 1
         progress.wall_seconds += time.perf_counter() - started
         bar.set_postfix_str(f"loss {loss:.3g}, val {progress.val[-1]:.3g}{_watch(optimizer)}")
-        _save(stem.with_suffix(".pt"), configuration, model, optimizer, anneal, monitor, progress, best_state)
+        _save(checkpoint, configuration, model, optimizer, anneal, monitor, progress, best_state)
 
     model.load_state_dict(best_state)
     trained = sum(p.numel() for p in model.parameters())
@@ -212,9 +213,9 @@ def run(
             "constrained_equiv": ce.__version__,
         },
     }
-    stem.with_suffix(".json").write_text(json.dumps(record))
+    (folder / f"{stem}.json").write_text(json.dumps(record))
     if monitor is not None:
-        monitor.write_csv(stem.with_suffix(".csv"))
+        monitor.write_csv(folder / f"{stem}.csv")
     return record
 
 

@@ -68,6 +68,11 @@ def test_interrupted_run_resumes_exactly(method: str, tmp_path: Path, monkeypatc
         assert histories[0] == histories[1]
 
 
+def test_runs_whose_names_hold_dots_keep_apart(tmp_path: Path) -> None:
+    nbody.main(options(tmp_path, "--methods", "strict x0.5", "--seeds", "0", "1", "--resume"))
+    assert {path.name for path in tmp_path.glob("*.pt")} == {"strict x0.5-0.pt", "strict x0.5-1.pt"}
+
+
 def test_resume_refuses_other_settings(tmp_path: Path) -> None:
     nbody.main(options(tmp_path, "--methods", "strict", "--seeds", "0"))
     with pytest.raises(ValueError, match="written with"):
