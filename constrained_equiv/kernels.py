@@ -149,7 +149,7 @@ class Kernels:
     """Equivariant kernels between two lists of fields.
 
     Attributes:
-        shape: of a kernel: (out, in, *grid), or (in, out, *grid) where `transposed`.
+        shape: of a kernel: (out, in, grid), or (in, out, grid) where `transposed`.
         outputs: the fields of the output channels, in order.
         inputs: the fields of the input channels, in order.
         local: (output field, input field, kernels between them); pairs left out have no equivariant kernel.
@@ -179,7 +179,7 @@ class Kernels:
         return sum(local.rank * self.outputs.count(b) * self.inputs.count(a) for b, a, local in self.local)
 
     def complement_(self, maps: Tensor) -> Tensor:
-        """Replace kernels (..., *shape) by kernels - P kernels in place, and return them."""
+        """Replace kernels (..., shape) by kernels - P kernels in place, and return them."""
         if not maps.is_contiguous():  # as after model.to(memory_format=torch.channels_last)
             return maps.copy_(self.complement_(maps.contiguous()))
         channels = self._channels(maps)
@@ -200,15 +200,15 @@ class Kernels:
         return _copies(block, b, a).flatten(3).flatten(0, 2)
 
     def project(self, maps: Tensor) -> Tensor:
-        """Return P maps, for kernels (..., *shape)."""
+        """Return P maps, for kernels (..., shape)."""
         return maps - self.complement_(maps.clone())
 
     def complement(self, maps: Tensor) -> Tensor:
-        """Return maps - P maps, exact near zero, for kernels (..., *shape)."""
+        """Return maps - P maps, exact near zero, for kernels (..., shape)."""
         return self.complement_(maps.clone())
 
     def defect(self, maps: Tensor) -> Tensor:
-        """Return || K - rho_out(g)^-1 K(g .) rho_in(g) ||^2 of kernels (n, *shape) for each generator g, (k, n).
+        """Return || K - rho_out(g)^-1 K(g .) rho_in(g) ||^2 of kernels (n, shape) for each generator g, (k, n).
 
         Raises:
             ConstraintError: where the group does not permute the points of the grid.
