@@ -7,7 +7,7 @@ Law: P P = P, P is self-adjoint in the Frobenius inner product, and P F = F for 
 Mathematics: a kernel is a grid of blocks (field type b <- field type a) x (multiplicities), each with d_out x d_in
 numbers at every point y, and P acts on each block alone. Where the group permutes the points, P is the group average
 
-    (P K)(y) = 1 / |G| sum_g rho_out(g)^-1 K(g y) rho_in(g),
+    (P K)(y) = 1 / order * sum_g rho_out(g)^-1 K(g y) rho_in(g),
 
 which moves space *and* both fibres; where all matrices are permutations that is the mean over orbits of entries. Where
 the grid does not carry the group, P is onto the span of sampled kernels, by an orthonormal basis of one block.
