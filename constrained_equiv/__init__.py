@@ -16,6 +16,7 @@ from constrained_equiv import (
     representations,
     schedules,
 )
+from constrained_equiv._audit import audit
 from constrained_equiv._finalize import Report, finalize
 from constrained_equiv._optim import ConstrainedOptimizer, attach
 from constrained_equiv._relax import disabled, parameter_groups, relax, relaxations
@@ -32,6 +33,7 @@ __all__ = [
     "adapters",
     "assert_equivariant",
     "attach",
+    "audit",
     "constraints",
     "disabled",
     "equivariance_error",

@@ -62,8 +62,8 @@ class Problem(cooper.ConstrainedMinimizationProblem):
     ) -> cooper.CMPState:
         """Pair each constraint with its vector of violations, value - level.
 
-        Cooper's own optimizers call this from `roll(compute_cmp_state_kwargs={"violations": ..., "loss": ...})`. They may
-        evaluate it anew after the parameters moved, so functions are accepted beside tensors.
+        Cooper's own optimizers call this from `roll(compute_cmp_state_kwargs={"violations": ..., "loss": ...})`. They
+        may evaluate it anew after the parameters moved, so functions are accepted beside tensors.
         """
         found = violations() if callable(violations) else violations
         observed = {

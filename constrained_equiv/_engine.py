@@ -130,6 +130,8 @@ class Engine:
             torch.tensor([position[id(term)] for term in record.terms.modules], device=weight.device)
             for record in self._charged
         ]
+        self._aligned = [record.terms.modules == self.terms.modules for record in self._charged]
+        self._slopes: list[Tensor] = [self.levels] * len(self._charged)
         self._levels = [0.0] * len(self.records)
         self._compared = list(self._levels)
         self._trained = self._warned = False
@@ -202,14 +204,10 @@ class Engine:
         self._project_weights()
         if self.options.enforce == "proximal":
             self._shrink()
-        if (
-            self.options.order == "primal-dual"
-            and self.options.enforce != "projection"
-            and self.multipliers is not None
-        ):
-            if not self._frozen():
-                self._measure(synchronise=False)
-                self.multipliers.ascend(self.violations)
+        late = self.options.order == "primal-dual" and self.options.enforce != "projection" and not self._frozen()
+        if late and self.multipliers is not None:
+            self._measure(synchronise=False)
+            self.multipliers.ascend(self.violations)
         if not self._waiting():
             self.step += 1
         self._write_levels()
@@ -300,11 +298,18 @@ class Engine:
         for record, part in zip(self.records, self.slices, strict=True):
             if synchronise and record.measure.synchronise is not None:
                 record.measure.synchronise(record.terms)
-            self._part(self.values, part).copy_(record.measure.values(record.terms))
+            self._part(self.values, part).copy_(self._value(record))
         torch.sub(self.values, self.levels, out=self.excess)
         self.excess.nan_to_num_(0.0, 0.0, 0.0)  # what is not finite moves no multiplier
         self._compared = list(self._levels)
         self._give_way()
+
+    def _value(self, record: Constraint | Penalty) -> Tensor:
+        """The record's values; of a norm the slopes are kept, for they are needed again to pull it."""
+        if record.measure.slope is None:
+            return record.measure.values(record.terms)
+        slopes = self._slopes[self._charged.index(record)] = record.measure.slope(record.terms)
+        return slopes * record.terms.norms(record.measure.part)
 
     def _give_way(self) -> None:
         """Subtract the slack that is best for the current multipliers."""
@@ -321,7 +326,7 @@ class Engine:
     def _charge(self, penalty: Penalty) -> _Charge:
         if penalty.measure.synchronise is not None:
             penalty.measure.synchronise(penalty.terms)
-        values = penalty.measure.values(penalty.terms)
+        values = self._value(penalty)
         return _Charge(penalty, torch.full_like(values, value_at(penalty.coefficient, self.step)), values)
 
     def _write_gradients(self, charges: Sequence[_Charge]) -> None:
@@ -362,9 +367,10 @@ class Engine:
         """By how much of each of `self.terms` the gradient grows."""
         total = None
         for record, coefficients, values in charges:
-            shares = norm_shares(record.measure, record.terms, coefficients, values)
-            if record.terms.modules != self.terms.modules:
-                place = self._places[self._charged.index(record)]
+            at = self._charged.index(record)
+            shares = norm_shares(coefficients, self._slopes[at], values)
+            if not self._aligned[at]:
+                place = self._places[at]
                 shares = self.levels.new_zeros(len(self.terms)).index_add_(0, place, shares)
             total = shares if total is None else total + shares
         return total

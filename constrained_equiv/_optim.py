@@ -29,8 +29,8 @@ class ConstrainedOptimizer(torch.optim.Optimizer):
     Args:
         base: an optimizer over a relaxed model's parameters, terms included (see `ce.parameter_groups`).
         *constraints: records of `ce.constraints`; several are stacked into one vector.
-        formulation: `augmented_lagrangian` (default), `lagrangian`, `quadratic_penalty` (no multipliers; ridge where the
-            level is 0), or a Cooper formulation class.
+        formulation: `augmented_lagrangian` (default), `lagrangian`, `quadratic_penalty` (no multipliers; ridge where
+            the level is 0), or a Cooper formulation class.
         penalty: c of the augmented Lagrangian, > 0, in units of loss per squared unit of the measure.
         penalty_growth: factor by which c grows per step where a violation exceeds 1e-4, up to 10,000 times its start; 1
             by default. The dual rate grows with it unless `dual_lr` is given.
@@ -39,8 +39,8 @@ class ConstrainedOptimizer(torch.optim.Optimizer):
         dual_lr: ascent rate of the multipliers; the penalty by default.
         order: `dual-primal` (default: multipliers move first, on the same measurement), `simultaneous`, or
             `primal-dual` (the terms are measured again after the base step).
-        enforce: `multipliers` (default) add the constraint's gradient to the task's; `proximal` leaves the task's gradient
-            alone and moves each term towards zero by learning rate * multiplier after the step, past any
+        enforce: `multipliers` (default) add the constraint's gradient to the task's; `proximal` leaves the task's
+            gradient alone and moves each term towards zero by learning rate * multiplier after the step, past any
             preconditioning, so that it reaches exact zero in finite time (a multiplier then counts in units of the
             measure per unit of learning rate, not of the loss, where the base is Adam); `projection` scales each term
             back onto its level's ball after every step and needs no multipliers.
@@ -225,8 +225,8 @@ class ConstrainedOptimizer(torch.optim.Optimizer):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         raise SerializationError(
-            f"{type(self).__name__} cannot be pickled, for it refers to the model's terms: save optimizer.state_dict(), "
-            "or copy with copy.deepcopy((model, optimizer))"
+            f"{type(self).__name__} cannot be pickled, for it refers to the model's terms: save "
+            "optimizer.state_dict(), or copy with copy.deepcopy((model, optimizer))"
         )
 
     def state_dict(self) -> dict[str, Any]:

@@ -212,7 +212,7 @@ def parameter_groups(
 
 
 def remove(model: nn.Module, layers: Iterable[nn.Module], optimizer: torch.optim.Optimizer | None = None) -> None:
-    """Take the terms of some layers of a model away: restore class and keys, and forget their parameters in an optimizer."""
+    """Take the terms of some layers away: restore class and keys, and forget their parameters in an optimizer."""
     gone = set()
     for layer in layers:
         gone |= {id(p) for p in term_of(layer).parameters()}
@@ -325,8 +325,9 @@ def _nothing_matched(model: nn.Module, matched: int) -> str:
         )
     kinds = sorted({_kind(m) for m in model.modules() if next(m.parameters(recurse=False), None) is not None})
     return (
-        f"no layer was matched; layers with weights here: {', '.join(kinds) or 'none'}; expected e3nn or escnn layers, or state "
-        "representations: ce.relax(model, where=lambda name, layer: ..., adapter=ce.adapters.linear(inputs, outputs))"
+        f"no layer was matched; layers with weights here: {', '.join(kinds) or 'none'}; expected e3nn or escnn layers, "
+        "or state representations: "
+        "ce.relax(model, where=lambda name, layer: ..., adapter=ce.adapters.linear(inputs, outputs))"
     )
 
 

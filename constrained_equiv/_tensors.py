@@ -54,8 +54,8 @@ def norms(tensors: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
 def add_scaled_(targets: Sequence[Tensor], sources: Sequence[Tensor], factors: Tensor) -> None:
     """targets[i] += factors[i] * sources[i], with factors (n,) on the device."""
     targets, sources = locals_(targets), locals_(sources)
-    if (stack := _adjoined(targets)) is not None and (other := _adjoined(sources)) is not None:
-        stack.addcmul_(other, factors.to(stack.dtype).view(-1, *[1] * (stack.ndim - 1)))
+    if (stack := _adjoined(targets)) is not None:
+        _add_scaled_stack_(stack, sources, factors)
     elif targets[0].device.type == "cpu":
         torch._foreach_addcmul_(targets, sources, list(factors.to(sources[0].dtype).unbind()))
     else:
@@ -70,6 +70,16 @@ def add_scaled_stacked_(targets: list[Tensor], sources: list[Tensor], factors: T
         column = torch.stack([single[i] for i in group]).to(stacked.dtype)
         stacked.mul_(column.view(-1, *[1] * (stacked.ndim - 1)))
         torch._foreach_add_([targets[i] for i in group], list(stacked.unbind()))
+
+
+def _add_scaled_stack_(targets: Tensor, sources: Sequence[Tensor], factors: Tensor) -> None:
+    """The same for targets that are one stack."""
+    if (stack := _adjoined(sources)) is not None:
+        targets.addcmul_(stack, factors.to(targets.dtype).view(-1, *[1] * (targets.ndim - 1)))
+    elif targets.device.type == "cpu":
+        torch._foreach_addcmul_(list(targets.unbind()), list(sources), list(factors.to(targets.dtype).unbind()))
+    else:
+        add_scaled_stacked_(list(targets.unbind()), list(sources), factors)
 
 
 def add_(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
@@ -127,13 +137,10 @@ def map_stacked_(
         view = _adjoined(here)
         stack = scratch.stack(here) if view is None else view
         result = function(stack)
+        if plus is not None:
+            _add_scaled_stack_(result, plus[0][piece], plus[1][piece])
         if result is not view:
-            parts = list(result.unbind())
-            if plus is not None:
-                add_scaled_(parts, plus[0][piece], plus[1][piece])
-            torch._foreach_copy_(here, parts)
-        elif plus is not None:
-            add_scaled_(here, plus[0][piece], plus[1][piece])
+            torch._foreach_copy_(here, list(result.unbind()))
 
 
 @torch.no_grad()

@@ -70,7 +70,7 @@ def trace(model: Callable[..., Any], run: Callable[[], Any]) -> Trace:
     events: list[Event] = []
     open_calls: list[Call] = []
     alive: list[Any] = []
-    names = {}
+    names: dict[int, str] = {}
 
     def enter(module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
         taken = [atoms(argument) for argument in arguments]
@@ -105,7 +105,11 @@ def atoms(value: Any) -> list[Atom]:
         geometric = not isinstance(leaf, Tensor) and isinstance(getattr(leaf, "tensor", None), Tensor)
         tensor = leaf.tensor if geometric else leaf
         if isinstance(tensor, Tensor) and tensor.is_floating_point():
-            key = tensor.untyped_storage().data_ptr() + tensor.storage_offset(), tuple(tensor.shape), tensor.stride()
+            key = (
+                tensor.untyped_storage().data_ptr() + int(tensor.storage_offset()),
+                tuple(tensor.shape),
+                tensor.stride(),
+            )
             found.append(Atom(tensor.detach().clone(), key, leaf.type if geometric else None))
     return found
 

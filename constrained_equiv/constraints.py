@@ -532,13 +532,12 @@ def _choose(model: nn.Module, where: Callable[[str], bool] | None) -> Terms:
     return Terms.of(chosen)
 
 
-def norm_shares(measure: Measure, terms: Terms, coefficients: Tensor, values: Tensor) -> Tensor:
-    """Factors (n,) by which `part` is to be added to the gradients of a norm with given values.
+def norm_shares(coefficients: Tensor, slopes: Tensor, values: Tensor) -> Tensor:
+    """Factors (n,) by which `part` is to be added to the gradients of norms with given slopes and values.
 
     d value / d W = slope^2 * part / value, and 0 at 0.
     """
-    assert measure.slope is not None
-    return (coefficients * measure.slope(terms).square() / values).nan_to_num_(0.0, 0.0, 0.0)
+    return slopes.square().mul_(coefficients).div_(values).nan_to_num_(0.0, 0.0, 0.0)
 
 
 def _norm_measure(
@@ -550,7 +549,7 @@ def _norm_measure(
         return slope(terms) * terms.norms(part)
 
     def pull(terms: Terms, coefficients: Tensor) -> None:
-        shares = norm_shares(measure, terms, coefficients, values(terms))
+        shares = norm_shares(coefficients, slope(terms), values(terms))
         _tensors.add_scaled_(_tensors.gradients(terms.weights()), terms.parts(part), shares)
 
     measure = Measure(name, values, pull, part=part, slope=slope, synchronise=synchronise)

@@ -247,7 +247,8 @@ class BestModel:
         """
         if self._copy is None:
             raise ConstraintError(
-                "no model was kept: expected consider(...) after every level reached its end; let the schedules end earlier"
+                "no model was kept: expected consider(...) after every level reached its end; let the schedules end "
+                "earlier"
             )
         self._model.load_state_dict(self._copy)
 
@@ -319,9 +320,9 @@ def _judge(values: Any, levels: Any, multipliers: Any) -> Verdict:
         return "cycling"
     if abs(excess[-1]) > tolerance and excess[-1] > 0:
         return "behind" if levels[0] > levels[-1] else "resisting"
-    if size > 0 and len(values) >= _FEWEST and (np.diff(multipliers) >= 0).all():
-        if multipliers[-1] - multipliers[0] > 0.05 * size and levels[0] == levels[-1]:
-            return "resisting"
+    growing = (np.diff(multipliers) >= 0).all() and multipliers[-1] - multipliers[0] > 0.05 * size
+    if size > 0 and len(values) >= _FEWEST and growing and levels[0] == levels[-1]:
+        return "resisting"
     return "active" if abs(multipliers[-1]) > 1e-12 else "inactive"
 
 

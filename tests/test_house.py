@@ -42,6 +42,10 @@ constrained_equiv.Symmetry(group, inputs, outputs)
 constrained_equiv.actions
 constrained_equiv.adapters
 constrained_equiv.assert_equivariant(model, inputs, *, symmetry, tolerance=None, samples=8, generator=None)
+constrained_equiv.attach(optimizer, *constraints, formulation='augmented_lagrangian', penalty=1.0, penalty_growth=1.0,
+    dual='sgd', dual_lr=None, order='dual-primal', enforce='multipliers', at_zero='clear', on_nonfinite='ignore')
+constrained_equiv.audit(model, inputs, *, symmetry, pipeline=(), layers=None, tolerance=None, samples=2,
+    generator=None)
 constrained_equiv.constraints
 constrained_equiv.disabled(model)
 constrained_equiv.equivariance_error(model, inputs, *, symmetry, samples=8, generator=None)
@@ -52,6 +56,7 @@ constrained_equiv.groups
 constrained_equiv.intertwiners
 constrained_equiv.monitor
 constrained_equiv.parameter_groups(model, *, lr, term_lr=None, term_weight_decay=0.0)
+constrained_equiv.presets
 constrained_equiv.relax(model, *, where=None, adapter=None, complement=True, gate=False, init=0.0,
     evaluate_with_terms=True, generator=None)
 constrained_equiv.relaxations(model)
@@ -73,6 +78,7 @@ constrained_equiv.schedules.as_schedule(level)
 constrained_equiv.schedules.constant(value)
 constrained_equiv.schedules.cosine(start, end, steps, *, steps_per_epoch=1)
 constrained_equiv.schedules.exponential(start, end, steps, *, rate=5.0, steps_per_epoch=1)
+constrained_equiv.schedules.final_value(schedule, step)
 constrained_equiv.schedules.join(schedules, boundaries)
 constrained_equiv.schedules.linear(start, end, steps, *, steps_per_epoch=1)
 constrained_equiv.schedules.triangle(steps, *, peak=1.0, steps_per_epoch=1)
@@ -147,15 +153,48 @@ constrained_equiv.constraints.activation(model, *, level, where=None, type='ineq
 constrained_equiv.constraints.custom(model, function, *, name, level, where=None, type='inequality')
 constrained_equiv.constraints.gate(model, *, level=0.0, where=None, type='equality')
 constrained_equiv.constraints.lie(model, *, level, where=None, type='inequality')
-constrained_equiv.constraints.norm_shares(measure, terms, coefficients, values)
+constrained_equiv.constraints.norm_shares(coefficients, slopes, values)
 constrained_equiv.constraints.penalty(constraint, *, coefficient)
 constrained_equiv.constraints.relative(model, *, level, part='whole', where=None, type='inequality')
 constrained_equiv.constraints.resilient(constraint, *, price, cost='linear')
 constrained_equiv.constraints.scale(model, *, schedule, where=None)
 constrained_equiv.constraints.weight(model, *, level, part='whole', where=None, type='inequality')
 constrained_equiv.constraints.weight_measure(part)
+constrained_equiv.presets.Preset(constraints, options=<_HAS_DEFAULT_FACTORY_CLASS>)
+constrained_equiv.presets.gate(model, *, dual_lr=0.001, init=<function>, where=None, adapter=None)
+constrained_equiv.presets.ours(model, *, steps, start=1.0, tail=0.2, where=None, adapter=None)
+constrained_equiv.presets.ridge(model, *, weight=1.0, where=None, adapter=None)
+constrained_equiv.presets.triangle(model, *, steps, coefficient=0.01, norm='activation', init=<function>, where=None,
+    adapter=None)
+constrained_equiv.monitor.BestModel(model, optimizer, *, higher_is_better=False, device='cpu')
+constrained_equiv.monitor.EarlyStopping(optimizer, *, patience, higher_is_better=False)
 constrained_equiv.monitor.History(steps, names, values, levels, multipliers)
 constrained_equiv.monitor.Monitor(optimizer, *, every=1)
+constrained_equiv.testing.Network(name, model, inputs, symmetry)
+constrained_equiv.testing.action_laws(action, values, *, group, tolerance=1e-09)
+constrained_equiv.testing.adapter_laws(build, inputs, *, symmetry, adapter=None)
+constrained_equiv.testing.assert_equivariant(model, inputs, *, symmetry, tolerance=None, samples=8, generator=None)
+constrained_equiv.testing.assert_equivariant_at(model, inputs, element, *, symmetry, tolerance=None)
+constrained_equiv.testing.audit(model, inputs, *, symmetry, pipeline=(), layers=None, tolerance=None, samples=2,
+    generator=None)
+constrained_equiv.testing.elements(group)
+constrained_equiv.testing.equivariance_error(model, inputs, *, symmetry, samples=8, generator=None)
+constrained_equiv.testing.equivariance_laws(model, inputs, *, symmetry, tolerance=None)
+constrained_equiv.testing.equivariance_report(model, inputs, *, symmetry, tolerance=None, samples=8, generator=None)
+constrained_equiv.testing.features(representation, *, shape=(4,), dtype=<dtype>)
+constrained_equiv.testing.field_types(gspace, *, max_fields=3)
+constrained_equiv.testing.group_laws(group)
+constrained_equiv.testing.groups()
+constrained_equiv.testing.irreps(*, max_blocks=3, max_multiplicity=3, max_degree=3, parities='eo')
+constrained_equiv.testing.load_profile(name)
+constrained_equiv.testing.networks(*, dtype=<dtype>)
+constrained_equiv.testing.point_clouds(*, min_points=0, max_points=8, dimension=3, dtype=<dtype>)
+constrained_equiv.testing.register_profiles()
+constrained_equiv.testing.relaxation_laws(build, inputs, *, symmetry, where=None, adapter=None)
+constrained_equiv.testing.representation_laws(representation)
+constrained_equiv.testing.representations(group, *, max_blocks=3, max_multiplicity=3, max_degree=3)
+constrained_equiv.testing.schedule_laws(schedule, *, steps, end)
+constrained_equiv.testing.tensors(shape, *, dtype=<dtype>)
 """
 
 
@@ -262,6 +301,8 @@ def test_everything_public_is_documented(name, path):
 
 @room_files
 def test_assert_narrows_types_and_checks_nothing(name, path):
+    if name == "testing._laws":  # laws are tests
+        return
     for node in ast.walk(parsed(path)):
         if isinstance(node, ast.Assert):
             text = ast.unparse(node.test)

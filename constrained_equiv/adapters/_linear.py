@@ -104,8 +104,8 @@ def _methods(base: type[nn.Module]) -> Methods:
         ):
             if size != carried.dim:
                 raise RepresentationError(
-                    f"{type(self).__name__}: {found} of shape {tuple(shape)} with {size} entries on axes {axes}: expected "
-                    f"{carried.dim} for {carried}; state other representations or axes= in ce.adapters.linear"
+                    f"{type(self).__name__}: {found} of shape {tuple(shape)} with {size} entries on axes {axes}: "
+                    f"expected {carried.dim} for {carried}; state other representations or axes= in ce.adapters.linear"
                 )
         rows = moved.flatten(-len(axes))
         extra = nn.functional.linear(rows, term.matrix()).view(target.shape)

@@ -93,7 +93,7 @@ def test_the_number_of_operations_is_constant_in_the_number_of_terms(record: str
         # gradients that are absent are cleared or allocated one by one, which is no operation of the step itself
         found.append(mode.counts - Counter({"aten::zeros_like": mode.counts["aten::zeros_like"]}))
     assert found[0] == found[1]
-    assert sum(found[0].values()) < 250  # most of them views
+    assert sum(found[0].values()) < 300  # most of them views
 
 
 @pytest.mark.parametrize(("record", "option"), CASES)

@@ -28,8 +28,10 @@ CASES = [
 def test_processes_equal_a_single_one(strategy: str, measure: str, processes: int, tmp_path: Path) -> None:
     path = tmp_path / "found.pt"
     subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-        + ["-m", "tests.optim.worker", str(path), strategy, measure],
+        [
+            *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)),
+            *("-m", "tests.optim.worker", str(path), strategy, measure),
+        ],
         check=True,
         cwd=ROOT,
         env={**os.environ, "OMP_NUM_THREADS": "1"},

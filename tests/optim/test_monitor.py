@@ -106,14 +106,16 @@ def test_writers_and_plot_agree_with_the_history(tmp_path: Path) -> None:
     assert [float(r["value"]) for r in rows] == pytest.approx(history.values.flatten().tolist(), rel=1e-8)
 
     class Writer:
-        seen: list[tuple[str, float, int]] = []
+        def __init__(self) -> None:
+            self.seen: list[tuple[str, float, int]] = []
 
         def add_scalar(self, tag: str, value: float, step: int) -> None:
             self.seen.append((tag, value, step))
 
-    monitor.write_tensorboard(Writer())
-    assert (f"values/{history.names[0]}", history.values[0, 0], 2) in Writer.seen
-    assert len(Writer.seen) == 3 * history.values.size
+    writer = Writer()
+    monitor.write_tensorboard(writer)
+    assert (f"values/{history.names[0]}", history.values[0, 0], 2) in writer.seen
+    assert len(writer.seen) == 3 * history.values.size
     assert "worst violation" in monitor.summary()
     matplotlib = pytest.importorskip("matplotlib")
     matplotlib.use("Agg")

@@ -58,7 +58,7 @@ def test_penalties_add_their_gradient(norm: Any) -> None:
     """The gradient after a step is that of loss + 0.01 (lie + size), by autograd."""
     model, how = layer()
     preset = presets.triangle(model, steps=4, norm=norm, **how)
-    optimizer = preset.optimizer(torch.optim.SGD(model.parameters(), lr=0.0))
+    optimizer = preset.optimizer(torch.optim.SGD(model.parameters(), lr=1e-15))
     train(model, optimizer, 2)  # the scale is 1 now
     x = torch.randn(16, 3, 2, dtype=torch.float64)
     optimizer.zero_grad()

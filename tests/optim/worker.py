@@ -1,4 +1,4 @@
-"""One process of a parallel training, started by torchrun in `test_distributed`: trains, and rank 0 saves what it found.
+"""One process of a parallel training, started in `test_distributed`: trains, and rank 0 saves what it found.
 
 torchrun --nproc-per-node 2 -m tests.optim.worker OUT STRATEGY MEASURE
 """

@@ -1,0 +1,164 @@
+"""What a step adds to the gradients is the derivative of the measure, for every measure, and finite at W = 0."""
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import constrained_equiv as ce
+from constrained_equiv import _tensors
+from tests.optim.toys import points
+
+COEFFICIENT = 0.3
+MEASURES: dict[str, Any] = {
+    "weight": ce.constraints.weight,
+    "weight, non-equivariant part": lambda m, level: ce.constraints.weight(m, level=level, part="non_equivariant"),
+    "relative": ce.constraints.relative,
+    "activation": ce.constraints.activation,
+    "lie": ce.constraints.lie,
+    "custom": lambda m, level: ce.constraints.custom(
+        m, lambda term: term.weight.abs().sum(), name="l1", level=level
+    ),
+}
+
+
+def network(complement: bool) -> nn.Module:
+    """Two stacks of two layers."""
+    return nn.ModuleList([*points(2, complement=complement), *points(2, complement=complement, size=4)])
+
+
+def forward(model: nn.Module) -> None:
+    for i, layer in enumerate(model):
+        layer(torch.randn(16, 3 if i < 2 else 4, 2, dtype=torch.float64))
+
+
+def numeric(record: Any, index: int) -> Tensor:
+    """The derivative of the sum of values, by central differences."""
+    weight = record.terms.modules[index].weight
+    slopes = torch.zeros_like(weight)
+    with torch.no_grad():
+        for entry in range(weight.numel()):
+            ends = []
+            for sign in (1.0, -1.0):
+                weight.view(-1)[entry] += sign * 1e-6
+                ends.append(record.measure.values(record.terms).sum())
+                weight.view(-1)[entry] -= sign * 1e-6
+            slopes.view(-1)[entry] = (ends[0] - ends[1]) / 2e-6
+    return slopes.detach()
+
+
+@pytest.mark.parametrize("complement", [True, False], ids=["complement", "free"])
+@pytest.mark.parametrize("measure", MEASURES)
+def test_the_pull_is_the_derivative(measure: str, complement: bool) -> None:
+    model = network(complement)
+    record = MEASURES[measure](model, level=1.0)
+    model.train()
+    forward(model)
+    penalty = ce.constraints.penalty(record, coefficient=COEFFICIENT)
+    optimizer = ce.ConstrainedOptimizer(torch.optim.SGD(model.parameters(), lr=1e-15), penalty)
+    expected = [COEFFICIENT * numeric(record, i) for i in range(len(record.terms))]
+    optimizer.step()
+    for term, slope in zip(record.terms.modules, expected, strict=True):
+        found = term.weight.grad
+        if complement:  # what leaves the complement is taken back after the step anyhow
+            found, slope = (term.projection.complement_(g.clone()) for g in (found, slope))
+        assert torch.allclose(found, slope, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["multipliers", "penalty"])
+@pytest.mark.parametrize("measure", MEASURES)
+def test_the_pull_is_finite_and_zero_at_zero(measure: str, kind: str) -> None:
+    model = network(True)
+    with torch.no_grad():
+        for r in ce.relaxations(model):
+            r.term.weight.zero_()
+    record = MEASURES[measure](model, level=0.0)
+    model.train()
+    forward(model)
+    stated = record if kind == "multipliers" else ce.constraints.penalty(record, coefficient=1.0)
+    base = torch.optim.SGD(model.parameters(), lr=0.1)
+    ce.ConstrainedOptimizer(base, stated, at_zero="multipliers").step()
+    for r in ce.relaxations(model):
+        assert torch.equal(r.term.weight, torch.zeros_like(r.term.weight))
+
+
+def test_every_term_is_pulled_when_records_overlap() -> None:
+    """Records over some of the terms, in another order than the optimizer's stacks, add up."""
+    model = network(True)
+    names = [r.name for r in ce.relaxations(model)]
+    some = ce.constraints.weight(model, level=1.0, where=lambda name: name in names[1:])
+    record = ce.constraints.relative(model, level=1.0, where=lambda name: name in names[:3])
+    model.train()
+    forward(model)
+    stated = [ce.constraints.penalty(r, coefficient=COEFFICIENT) for r in (record, some)]
+    expected = {id(term): torch.zeros_like(term.weight) for term in (r.term for r in ce.relaxations(model))}
+    for r in (record, some):
+        for i, term in enumerate(r.terms.modules):
+            expected[id(term)] += COEFFICIENT * numeric(r, i)
+    ce.ConstrainedOptimizer(torch.optim.SGD(model.parameters(), lr=1e-15), *stated).step()
+    for r in ce.relaxations(model):
+        assert r.term.weight.grad.norm() > 0
+        assert torch.allclose(r.term.weight.grad, expected[id(r.term)], rtol=1e-5, atol=1e-6)
+
+
+# --- multi-tensor arithmetic ---
+
+
+def test_both_ways_of_adding_agree() -> None:
+    """The way for accelerators, which cannot run here otherwise, against the plain loop."""
+    shapes = [(2, 3), (4,), (2, 3)]
+    targets = [torch.randn(s) for s in shapes]
+    sources, factors = [torch.randn(s) for s in shapes], torch.randn(3)
+    other = copy.deepcopy(targets)
+    expected = [t + f * s for t, s, f in zip(targets, sources, factors, strict=True)]
+    _tensors.add_scaled_(targets, sources, factors)
+    _tensors.add_scaled_stacked_(other, sources, factors)
+    for found in (targets, other):
+        assert all(torch.allclose(a, b) for a, b in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("adjoined", [True, False])
+@pytest.mark.parametrize("count", [1, 2, 7])
+def test_stacks_are_mapped_in_place_wherever_they_lie(count: int, adjoined: bool, monkeypatch: Any) -> None:
+    monkeypatch.setitem(_tensors._PIECE, "cpu", 3 * 12 * 8)  # three tensors at a time
+    tensors = [nn.Parameter(torch.randn(3, 4, dtype=torch.float64)) for _ in range(count)]
+    sources, factors = [torch.randn(3, 4, dtype=torch.float64) for _ in tensors], torch.randn(count).double()
+    expected = [2 * t.detach() + f * s for t, s, f in zip(tensors, sources, factors, strict=True)]
+    places = [t.data_ptr() for t in tensors]
+    if adjoined:
+        _tensors.adjoin_(tensors)
+        assert (count > 1) == (places != [t.data_ptr() for t in tensors])
+    with torch.no_grad():
+        _tensors.map_stacked_(tensors, lambda stack: stack.mul_(2), plus=(sources, factors))
+    assert all(torch.allclose(a, b) for a, b in zip(tensors, expected, strict=True))
+
+
+def test_transposed_neighbours_are_no_stack() -> None:
+    """Square matrices that lie side by side but are read by columns must not be taken for a stack."""
+    block = torch.randn(3, 4, 4)
+    tensors = [block[0], block[1].T, block[2]]
+    expected = [float(t.norm()) for t in tensors]
+    assert _tensors._adjoined(tensors) is None
+    assert _tensors.norms(tensors, torch.float32).tolist() == pytest.approx(expected)
+    assert _tensors._adjoined([block[0], block[2]]) is None
+    assert _tensors._adjoined([block[1], block[0]]) is None
+
+
+def test_terms_that_moved_apart_are_still_projected() -> None:
+    """A state loaded by assignment, or a move to another device, replaces the memory that terms shared."""
+    model = network(True)
+    optimizer = ce.ConstrainedOptimizer(
+        torch.optim.Adam(model.parameters(), lr=0.1), ce.constraints.weight(model, level=1.0)
+    )
+    other = copy.deepcopy((model, optimizer))
+    for r in ce.relaxations(model):
+        r.term.weight.data = r.term.weight.detach().clone()
+    for net, stepper in ((model, optimizer), other):
+        for i, r in enumerate(ce.relaxations(net)):
+            torch.manual_seed(i)
+            r.term.weight.grad = torch.randn_like(r.term.weight)
+        stepper.step()
+    for one, two in zip(ce.relaxations(model), ce.relaxations(other[0]), strict=True):
+        assert torch.allclose(one.term.weight, two.term.weight, rtol=0, atol=1e-15)
