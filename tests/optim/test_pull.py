@@ -18,9 +18,7 @@ MEASURES: dict[str, Any] = {
     "relative": ce.constraints.relative,
     "activation": ce.constraints.activation,
     "lie": ce.constraints.lie,
-    "custom": lambda m, level: ce.constraints.custom(
-        m, lambda term: term.weight.abs().sum(), name="l1", level=level
-    ),
+    "custom": lambda m, level: ce.constraints.custom(m, lambda term: term.weight.abs().sum(), name="l1", level=level),
 }
 
 
