@@ -142,7 +142,7 @@ def equivariance_laws(
         >>> from constrained_equiv import groups
         >>> from constrained_equiv.testing import point_clouds
         >>> vectors = Symmetry(groups.O3(), "1x1o", "1x1o")
-        >>> equivariance_laws(lambda x: x - x.mean(0), point_clouds(min_points=1), symmetry=vectors)()
+        >>> equivariance_laws(lambda x: x * x.norm(), point_clouds(min_points=1), symmetry=vectors)()
     """
     drawn = inputs if isinstance(inputs, SearchStrategy) else st.just(inputs)
 
