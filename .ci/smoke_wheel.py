@@ -28,10 +28,12 @@ def main() -> None:
     (wheel,) = Path(sys.argv[1]).resolve().glob("*.whl")
     names = zipfile.ZipFile(wheel).namelist()
     foreign = {
-        name.split("/")[0] for name in names if not name.startswith(("constrained_equiv/", "constrained_equiv-"))
+        name.split("/")[0]
+        for name in names
+        if not name.startswith(("constrained_equiv/", "constrained_equiv-", "constrained_equiv_pytest.py"))
     }
     if foreign:
-        sys.exit(f"the wheel holds more than the package: {sorted(foreign)}")
+        sys.exit(f"the wheel holds more than the package and its pytest plugin: {sorted(foreign)}")
     if "constrained_equiv/py.typed" not in names:
         sys.exit("the wheel lacks constrained_equiv/py.typed")
 
