@@ -47,9 +47,9 @@ class ConstrainedOptimizer(torch.optim.Optimizer):
         at_zero: what happens while a level is exactly 0: `clear` (default) sets the term to exactly 0 and forgets its
             base state, so that the tail of the schedule trains the equivariant model alone; `multipliers` leaves it to
             the multipliers.
-        on_nonfinite: `ignore` (default) keeps multipliers and terms finite and costs nothing; `skip` leaves everything
-            as it was when a gradient is not finite; `raise` raises NonFiniteError then. The last two read the device
-            once per step.
+        on_nonfinite: `ignore` (default) keeps multipliers finite, and terms in the complement too, at no cost; `skip`
+            leaves everything as it was when a gradient is not finite; `raise` raises NonFiniteError then. The last two
+            read the device once per step.
 
     Raises:
         ConstraintError: if no constraint is given, a term is missing in the base optimizer, a term is constrained twice
