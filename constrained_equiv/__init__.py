@@ -16,12 +16,18 @@ from constrained_equiv import (
     representations,
     schedules,
 )
-from constrained_equiv._audit import audit
+from constrained_equiv._audit import audit, lie_derivatives
 from constrained_equiv._finalize import Report, finalize
+from constrained_equiv._lie import lie_derivative
 from constrained_equiv._optim import ConstrainedOptimizer, attach
 from constrained_equiv._relax import disabled, parameter_groups, relax, relaxations
 from constrained_equiv._symmetry import Symmetry
-from constrained_equiv._verify import assert_equivariant, equivariance_error
+from constrained_equiv._verify import (
+    assert_equivariant,
+    assert_equivariant_at,
+    equivariance_error,
+    equivariance_report,
+)
 
 __version__ = "0.1.0"
 
@@ -32,15 +38,19 @@ __all__ = [
     "actions",
     "adapters",
     "assert_equivariant",
+    "assert_equivariant_at",
     "attach",
     "audit",
     "constraints",
     "disabled",
     "equivariance_error",
+    "equivariance_report",
     "errors",
     "finalize",
     "groups",
     "intertwiners",
+    "lie_derivative",
+    "lie_derivatives",
     "monitor",
     "parameter_groups",
     "presets",

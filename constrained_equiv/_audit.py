@@ -169,23 +169,25 @@ def lie_derivatives(
 
 
 def _culprit(findings: list[Finding]) -> Finding | None:
-    """The first that lost it and is not inside a module whose output is sound; else the first unknown; else the end."""
+    """Name the first module that loses equivariance by itself, or what within it is suspicious.
+
+    Suspects that are inside a module whose output is sound are excused (a network may leave the symmetry and return). A
+    module that fails on inputs nobody knows the action on is a suspect only; so is one whose output no action fits.
+    """
+    sound = {(f.name, f.group) for f in findings if f.status == "ok" and f.name}
 
     def excused(finding: Finding) -> bool:
-        return any(
-            other.status == "ok" and other.group == finding.group and finding.name.startswith(other.name + ".")
-            for other in findings
-            if other.name
-        )
+        place = finding.name.split(" of ")[-1].split(".")
+        return any((".".join(place[:k]), finding.group) in sound for k in range(1, len(place)))
 
-    def own_fault(finding: Finding) -> bool:
-        return finding.status in ("lost", "random") and not excused(finding)
-
-    first = next((f for f in findings if own_fault(f)), None)
-    suspects = [f for f in findings if f.status == "unknown" and f.action != SOME_LINEAR and not excused(f)]
-    if first is None or (first.name == "" and suspects):
-        return suspects[0] if suspects else next((f for f in reversed(findings) if f.status == "inherited"), None)
-    return first
+    suspects = [
+        f for f in findings if f.status in ("lost", "random", "unknown") and f.action != SOME_LINEAR and not excused(f)
+    ]
+    proven = next((f for f in suspects if f.status == "random" or (f.status == "lost" and f.own is not None)), None)
+    if proven is None:
+        return next(iter(suspects), None)
+    within = [f for f in suspects if f"{f.name.split(' of ')[-1]}.".startswith(f"{proven.name}.") and f is not proven]
+    return within[0] if within and findings.index(within[0]) < findings.index(proven) else proven
 
 
 def _number(value: float | None) -> str:

@@ -100,6 +100,7 @@ class Inspection:
         self.judged: dict[int, list[list[_Judged]]] = {}
         self.closed: set[str] = set()  # sound modules that state their representations: their parts do not matter
         self.troubled = False
+        self.made: set[Any] = set()  # outputs of modules so far
         self.noise = _structure_gap(self.again.output, self.plain.output, self.plain.output)
         self.error = self._error_of_model()
 
@@ -124,7 +125,7 @@ class Inspection:
                 "compared"
             )
         elif self.plain.events:
-            self._remember_what_consumers_state()
+            self._remember_promises()
             for position, (stage, one) in enumerate(self.plain.events):
                 moved = [run.events[position].call for run in self.runs]
                 if stage == "enter":
@@ -183,14 +184,28 @@ class Inspection:
             "neighbours, equal values in a sort or a maximum) are broken by rounding or by order"
         )
 
-    def _remember_what_consumers_state(self) -> None:
+    def _remember_promises(self) -> None:
+        """A tensor also carries what its consumer states of it, or the container that hands it on."""
         self.promised: dict[Any, Known] = {}
         for stage, one in self.plain.events:
+            stated = _inner.stated(one.module, self.section)
             if stage == "enter":
-                stated = _inner.stated(one.module, self.section)
-                for taken, known in zip(one.taken, stated.arguments, strict=False):
-                    if known is not None and len(taken) == 1:
-                        self.promised.setdefault(taken[0].key, known)
+                taken = [
+                    (row[0], known) for row, known in zip(one.taken, stated.arguments, strict=False) if len(row) == 1
+                ]
+            else:
+                taken = list(zip(one.given, self._given_outputs(one), strict=True))
+                if len(one.given) == 1:
+                    taken.append((one.given[0], stated.output))
+            for atom, known in taken:
+                if known is not None:
+                    self.promised.setdefault(atom.key, known)
+
+    def _given_outputs(self, one: Call) -> list[Known | None]:
+        given = self.layers.get(one.name) if one.name else self.symmetry
+        if given is None:
+            return [None] * len(one.given)
+        return _inner.from_symmetry(given, one.output, "outputs", self.section)
 
     def _enter(self, one: Call, moved: list[Call]) -> list[Finding]:
         """Judge what a module takes; a failing tensor that no module made was spoilt by the code in between."""
@@ -209,23 +224,28 @@ class Inspection:
                 images = [m.taken[i][k].tensor for m in moved]
                 judged = self._judge(atom, images, sure, near=[j.known for row in rows for j in row])
                 rows[-1].append(judged)
+                if judged.known is None and atom.key not in self.made and not self._linear(atom, images):
+                    found += self._spoilt(one, i, "?", "", None, "unknown", "no known action fits what it takes")
                 failed = judged.error is not None and not judged.error <= self.tolerance
-                if sure is not None and sure.binding and failed and one.name and not self.troubled:
-                    self.troubled = True
-                    reason = f"lost before it, in the code that computes its input {i}, which it takes as {sure.label}"
-                    name, kind = f"input {i} of {one.name}", type(one.module).__name__
-                    at = self.section.name
-                    found.append(Finding(name, kind, at, sure.label, sure.source, judged.error, None, "lost", reason))
+                if sure is not None and sure.binding and failed and one.name:
+                    words = f"it takes it as {sure.label}"
+                    found += self._spoilt(one, i, sure.label, sure.source, judged.error, "lost", words)
         self.judged[id(one)] = rows
         return found
 
+    def _spoilt(
+        self, one: Call, i: int, action: str, source: str, error: float | None, status: Status, words: str
+    ) -> list[Finding]:
+        """Blame the code between modules, unless something was found before."""
+        if self.troubled:
+            return []
+        self.troubled = True
+        name, reason = f"input {i} of {one.name}", f"in the code that makes input {i} of {one.name!r}: {words}"
+        kind = type(one.module).__name__
+        return [Finding(name, kind, self.section.name, action, source, error, None, status, reason)]
+
     def _leave(self, one: Call, moved: list[Call], again: Call) -> Finding:
-        given = self.symmetry if not one.name else self.layers.get(one.name)
-        by_user = (
-            _inner.from_symmetry(given, one.output, "outputs", self.section)
-            if given is not None
-            else [None] * len(one.given)
-        )
+        by_user = self._given_outputs(one)
         stated = _inner.stated(one.module, self.section).output if len(one.given) == 1 else None
         inputs = [judged for row in self.judged[id(one)] for judged in row]
         near = [judged.known for judged in inputs]
@@ -236,6 +256,7 @@ class Inspection:
             sure = by_user[k] or stated or self.promised.get(atom.key)
             kept = self._kept(one, atom) if plain_torch else None
             judged.append(self._judge(atom, images, sure, near=near, guess=kept))
+            self.made.add(atom.key)
         return self._conclude(one, moved, again, judged, inputs, plain_torch)
 
     def _kept(self, one: Call, atom: Atom) -> Known | None:
@@ -303,7 +324,8 @@ class Inspection:
         own = self._own_error(one, [j.known for j in judged], inputs)
         random = any(not torch.equal(a.tensor, b.tensor) for a, b in zip(one.given, again.given, strict=True))
         sound = all(j.error is not None and j.error <= self.tolerance for j in inputs)
-        some_linear = error is None and self._linear(one, moved)
+        some_linear = error is None and len(one.given) == 1 and not isinstance(one.module, nn.Linear)
+        some_linear = some_linear and self._linear(one.given[0], [m.given[0].tensor for m in moved])
         status: Status
         if random and all(
             torch.equal(a.tensor, b.tensor)
@@ -354,15 +376,14 @@ class Inspection:
                 worst = error if larger(error, worst) else worst
         return worst
 
-    def _linear(self, one: Call, moved: list[Call]) -> bool:
+    def _linear(self, atom: Atom, images: list[Tensor]) -> bool:
         """Whether some linear map of the last axis takes f(x) to f(g x): a representation that nobody stated."""
-        if len(one.given) != 1 or not one.given[0].tensor.ndim:
+        if atom.tensor.ndim < 2:
             return False
-        rows = one.given[0].tensor.double().flatten(0, -2) if one.given[0].tensor.ndim > 1 else None
-        if rows is None or len(rows) < 2 * rows.shape[-1] or isinstance(one.module, nn.Linear):
+        rows = atom.tensor.double().flatten(0, -2)
+        if len(rows) < 2 * rows.shape[-1]:
             return False
-        for call_ in moved:
-            image = call_.given[0].tensor.double().flatten(0, -2)
+        for image in (image.double().flatten(0, -2) for image in images):
             fitted = rows @ torch.linalg.lstsq(rows, image).solution
             if not relative_gap(fitted, image, image) <= self.tolerance:
                 return False
@@ -372,23 +393,27 @@ class Inspection:
         if status == "random":
             dropout = isinstance(one.module, nn.modules.dropout._DropoutNd)
             return ("dropout is on" if dropout else "two calls with equal inputs differ") + ": call model.eval() first"
-        if status == "unknown":
-            return "no known action fits its output; state it by layers={name: ce.Symmetry(group, inputs, outputs)}"
+        kept = [j.known for j in judged]
+        if status == "unknown" and len(inputs) == len(one.given) == 1:
+            kept = [inputs[0].known]  # the likeliest
         if isinstance(getattr(one.module, "bias", None), nn.Parameter):
-            rest = self._error_without_bias(one, judged, inputs)
+            rest = self._error_without_bias(one, kept, inputs)
             if rest is not None and rest <= self.tolerance:
                 return "its bias is added to features that are not invariant"
         entering = ", ".join(j.known.label for j in inputs if j.known is not None and j.known is not _inner.INVARIANT)
-        return _inner.culprit(one.module, [atom.tensor for row in one.taken for atom in row], entering)
+        words = _inner.culprit(one.module, [atom.tensor for row in one.taken for atom in row], entering)
+        if status == "unknown":
+            words += "; no known action fits its output, state it by layers={name: ce.Symmetry(group, inputs, outputs)}"
+        return words
 
-    def _error_without_bias(self, one: Call, judged: list[_Judged], inputs: list[_Judged]) -> float | None:
+    def _error_without_bias(self, one: Call, outputs: list[Known | None], inputs: list[_Judged]) -> float | None:
         bias = one.module.bias
         assert isinstance(bias, nn.Parameter)
         kept = bias.detach().clone()
         with torch.no_grad():
             bias.zero_()
             try:
-                return self._own_error(one, [j.known for j in judged], inputs, one.module)
+                return self._own_error(one, outputs, inputs, one.module)
             finally:
                 bias.copy_(kept)
 

@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from constrained_equiv._symmetry import Symmetry
 from constrained_equiv._verify import call, leaves, relative_gap
+from constrained_equiv.errors import RepresentationError
 
 Mode = Literal["forward", "double backward"]
 
@@ -72,6 +73,9 @@ def lie_derivative(model: Callable[..., Any], inputs: Any, *, symmetry: Symmetry
     Returns:
         One number per generator; all zero exactly for an equivariant model, up to rounding.
 
+    Raises:
+        RepresentationError: if an output depends on the inputs, but not differentiably: the model detaches them.
+
     Example:
         >>> from constrained_equiv import groups
         >>> stretch = lambda x: x * torch.tensor([1.0, 1.0, 2.0])
@@ -90,6 +94,9 @@ def lie_derivative(model: Callable[..., Any], inputs: Any, *, symmetry: Symmetry
         except NotImplementedError:  # an operation of the model has no forward mode
             mode = "double backward"
             output, slope = _double_backward(model, inputs, flow)
+        if lost := [place for place in plain if place not in slope]:
+            _require_constant(model, inputs, symmetry, direction, lost)
+            slope |= {place: torch.zeros_like(plain[place]) for place in lost}
         expected = _structured(_tangents(partial(_move_outputs, symmetry, output), direction, output), output)
         continuous.append(max(relative_gap(slope[place], expected[place], plain[place]) for place in plain))
     discrete = []
@@ -135,11 +142,7 @@ def _forward(model: Callable[..., Any], inputs: Any, flow: list[Tensor | None]) 
         outputs, shape = tree_flatten(call(model, tree_unflatten(duals, structure)))
         pairs = [forward_ad.unpack_dual(y) if _differentiable(y) else (y, None) for y in outputs]
         primal = [y.detach() if isinstance(y, Tensor) else y for y, _ in pairs]
-        slopes = [
-            torch.zeros_like(y) if t is None else t.detach()
-            for y, (_, t) in zip(primal, pairs, strict=True)
-            if _differentiable(y)
-        ]
+        slopes = [None if t is None else t.detach() for _, t in pairs]
     return _assembled(primal, slopes, shape)
 
 
@@ -159,12 +162,24 @@ def _double_backward(
 
     starts = tuple(values[i].detach() for i in moving)
     jvp: Any = torch.autograd.functional.jvp
-    _, slopes = jvp(function, starts, tuple(flow[i] for i in moving))
+    _, found = jvp(function, starts, tuple(flow[i] for i in moving))
     primal = [y.detach() if isinstance(y, Tensor) else y for y in kept[0]]
-    return _assembled(primal, list(slopes), kept[1])
+    rest = iter(slope if bool(slope.any()) else None for slope in found)  # torch gives zeros where nothing depends
+    return _assembled(primal, [next(rest) if _differentiable(y) else None for y in primal], kept[1])
 
 
-def _assembled(primal: list[Any], slopes: list[Tensor], shape: Any) -> tuple[Any, dict[str, Tensor]]:
-    rest = iter(slopes)
-    derivative = [next(rest) if _differentiable(y) else None for y in primal]
-    return tree_unflatten(primal, shape), leaves(tree_unflatten(derivative, shape))
+def _assembled(primal: list[Any], slopes: list[Tensor | None], shape: Any) -> tuple[Any, dict[str, Tensor]]:
+    return tree_unflatten(primal, shape), leaves(tree_unflatten(slopes, shape))
+
+
+def _require_constant(
+    model: Callable[..., Any], inputs: Any, symmetry: Symmetry, direction: Tensor, places: list[str]
+) -> None:
+    """Outputs without a derivative have to be constant."""
+    moved = symmetry.move_inputs(torch.linalg.matrix_exp(0.1 * direction), inputs)
+    before, after = leaves(call(model, inputs)), leaves(call(model, moved))
+    if changing := [place or "tensor" for place in places if not torch.equal(before[place], after[place])]:
+        raise RepresentationError(
+            f"outputs {changing} depend on the inputs but have no derivative: the model detaches its inputs; expected "
+            "for example x = x.clone().requires_grad_() instead of x.detach().requires_grad_()"
+        )

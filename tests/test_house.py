@@ -23,11 +23,11 @@ PACKAGE = ROOT / "constrained_equiv"
 # Every file of the package, in the order in which it may be imported: a file imports only files above it.
 ORDER = """
     errors schedules groups representations intertwiners kernels actions _symmetry
-    _verify _lie _trace _inner _findings _audit
+    _verify _lie _trace _inner _findings _audit _certificate
     _tensors _terms
     adapters._base adapters._linear adapters._vector_neurons adapters._e3nn adapters._escnn adapters
     _relax constraints _dual _engine _optim _finalize presets monitor
-    testing pytest_plugin
+    testing
 """
 ROOMS = ORDER.split()
 
@@ -42,6 +42,7 @@ constrained_equiv.Symmetry(group, inputs, outputs)
 constrained_equiv.actions
 constrained_equiv.adapters
 constrained_equiv.assert_equivariant(model, inputs, *, symmetry, tolerance=None, samples=8, generator=None)
+constrained_equiv.assert_equivariant_at(model, inputs, element, *, symmetry, tolerance=None)
 constrained_equiv.attach(optimizer, *constraints, formulation='augmented_lagrangian', penalty=1.0, penalty_growth=1.0,
     dual='sgd', dual_lr=None, order='dual-primal', enforce='multipliers', at_zero='clear', on_nonfinite='ignore')
 constrained_equiv.audit(model, inputs, *, symmetry, pipeline=(), layers=None, tolerance=None, samples=2,
@@ -49,11 +50,14 @@ constrained_equiv.audit(model, inputs, *, symmetry, pipeline=(), layers=None, to
 constrained_equiv.constraints
 constrained_equiv.disabled(model)
 constrained_equiv.equivariance_error(model, inputs, *, symmetry, samples=8, generator=None)
+constrained_equiv.equivariance_report(model, inputs, *, symmetry, tolerance=None, samples=8, generator=None)
 constrained_equiv.errors
 constrained_equiv.finalize(model, *, optimizer=None, batches=None, forward=None, symmetry=None, fold=False,
     atol=0.001, on_violation='raise')
 constrained_equiv.groups
 constrained_equiv.intertwiners
+constrained_equiv.lie_derivative(model, inputs, *, symmetry, name='')
+constrained_equiv.lie_derivatives(model, inputs, *, symmetry, layers=None)
 constrained_equiv.monitor
 constrained_equiv.parameter_groups(model, *, lr, term_lr=None, term_weight_decay=0.0)
 constrained_equiv.presets

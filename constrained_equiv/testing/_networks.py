@@ -47,11 +47,11 @@ class _Energy(nn.Module):
 
     def forward(self, positions: Tensor) -> dict[str, Tensor]:
         with torch.enable_grad():
-            start = positions.detach().requires_grad_()
+            start = positions.clone().requires_grad_()
             between = start.unsqueeze(-2) - start.unsqueeze(-3)
             energy = self.pair(torch.exp(-between.square().sum(-1, keepdim=True))).sum((-3, -2, -1))
-            (slope,) = torch.autograd.grad(energy.sum(), start)
-        return {"energy": energy.detach(), "forces": -slope}
+            (slope,) = torch.autograd.grad(energy.sum(), start, create_graph=True)
+        return {"energy": energy, "forces": -slope}
 
 
 class _DeepSet(nn.Module):
