@@ -1,0 +1,291 @@
+"""Certificate: how much a term can do at most, beside what it is measured to do.
+
+What enters: a relaxed network, the map that each term adds, and one batch. What leaves: a `Certificate`, upper bounds
+per layer, or the reason why there is none. Called by `finalize` before the terms go.
+Law: a bound is never below what is measured; it is loose, for it assumes that every layer is hit where it reacts most.
+
+Mathematics. With T_i = scale * gate * W_i the map added, B_i its largest singular value (an upper bound of it for
+convolutions), and h the input of layer i in the *relaxed* network on the batch (Euclidean norm over all entries),
+
+    || (E_i + T_i) h - E_i h ||  <=  B_i || h ||                                               truncation of one layer
+    || f(g x) - g f(x) ||        <=  sum_i B_i (|| h_i(x) || + || h_i(g x) ||) L_i             equivariance error
+
+where L_i is a Lipschitz constant of what comes after layer i in the *equivariant* network. The second line replaces one
+layer at a time, and needs that the group keeps lengths. L_i is a product over the modules that follow: known constants
+of linear maps and activations, or those that the user states. Gates, tensor products and norms with statistics of the
+batch have no constant that holds everywhere, nor has code between modules: there is no bound then.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from constrained_equiv._symmetry import Symmetry
+from constrained_equiv._trace import Call, Trace, trace, unchanged
+from constrained_equiv._verify import call, leaves
+
+_ONE_LIPSCHITZ = (nn.Identity, nn.ReLU, nn.Tanh, nn.Softplus, nn.Flatten, nn.Unflatten, nn.Hardtanh, nn.Softsign)
+_CURVED = {nn.SiLU: 1.0999, nn.GELU: 1.1290, nn.Sigmoid: 0.25, nn.Mish: 1.0885}  # suprema of |slope|, rounded up
+
+
+@dataclass(frozen=True)
+class Bound:
+    """What one term can do at most, on one batch.
+
+    Attributes:
+        name: of the layer.
+        strength: B, the largest singular value of the map added, or an upper bound of it; None where none is known.
+        entering: || h ||, the norm of the layer's input over the batch.
+        truncation: B || h ||, bounds the change of the layer's output when the term goes.
+        lipschitz: L, a Lipschitz constant of the rest of the equivariant network; None where there is none.
+        equivariance: this layer's share in the bound of the equivariance error; None where there is none.
+        reason: why a bound is missing, in words.
+    """
+
+    name: str
+    strength: float | None
+    entering: float
+    truncation: float | None
+    lipschitz: float | None
+    equivariance: float | None
+    reason: str
+
+
+@dataclass(frozen=True, repr=False)
+class Certificate:
+    """Upper bounds beside measurements, absolute, on one batch; prints as a table.
+
+    Attributes:
+        bounds: one per call of a relaxed layer, in order of execution.
+        equivariance: bound of || f(g x) - g f(x) || over the elements tried; None where one layer has none.
+        measured: the same, measured on the relaxed network; None without a symmetry.
+        size: || f(x) ||, to compare with.
+    """
+
+    bounds: tuple[Bound, ...]
+    equivariance: float | None
+    measured: float | None
+    size: float
+
+    def __repr__(self) -> str:
+        header = ("layer", "B", "|h|", "truncation at most", "L of the rest", "share in the error at most")
+        rows = [
+            (b.name or "(model)", *map(_number, (b.strength, b.entering, b.truncation, b.lipschitz, b.equivariance)))
+            for b in self.bounds
+        ]
+        widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+        lines = ["  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in (header, *rows)]
+        lines += dict.fromkeys(f"{b.name or '(model)'}: {b.reason}" for b in self.bounds if b.reason)
+        lines.append(
+            f"equivariance error at most {_number(self.equivariance)}, measured {_number(self.measured)}, output "
+            f"{self.size:.3g} (absolute norms over the batch; upper bounds, not estimates)"
+        )
+        return "\n".join(lines)
+
+
+def certify(
+    model: nn.Module,
+    terms: Sequence[tuple[str, nn.Module, Tensor]],
+    inputs: Any,
+    *,
+    symmetry: Symmetry | None = None,
+    lipschitz: Mapping[str, float] | None = None,
+    samples: int = 4,
+    generator: torch.Generator | None = None,
+) -> Certificate:
+    """Bound what the terms of a network can do, on one batch.
+
+    Args:
+        model: the relaxed network, with its terms on, in evaluation mode.
+        terms: name, layer and map added (out, in) or convolution kernel (out, in, ...), for every term.
+        inputs: one batch, as for `equivariance_error`.
+        symmetry: for the bound of the equivariance error; None gives the truncations alone.
+        lipschitz: constants of modules by name, for those that have no known one.
+        samples: random elements beside the discrete generators.
+        generator: source of randomness; a fixed seed by default.
+    """
+    stated = dict(lipschitz or {})
+    maps = {id(layer): matrix.detach() for _, layer, matrix in terms}
+    with unchanged(model):
+        plain = trace(model, lambda: call(model, inputs))
+        size = _norm(leaves(plain.output).values())
+        moved, measured, isometric = [], None, True
+        for g in [] if symmetry is None else _elements(symmetry, samples, generator):
+            assert symmetry is not None
+            run = trace(model, partial(call, model, symmetry.move_inputs(g, inputs)))
+            found, expected = leaves(run.output), leaves(symmetry.move_outputs(g, plain.output))
+            gap = _norm(found[place] - expected[place] for place in expected)
+            measured = gap if measured is None else max(gap, measured)
+            isometric &= abs(_norm(expected.values()) - size) <= 1e-5 * size
+            moved.append(_relaxed_calls(run, maps))
+    rest, broken = _remainders(plain, maps, stated)
+    calls = _relaxed_calls(plain, maps)
+    if not broken and len(rest) != len(calls):
+        broken = "a relaxed layer is inside another one, or inside a module whose constant was stated"
+    bounds = []
+    for i, one in enumerate(calls):
+        strength, reason = _strength(one.module, maps[id(one.module)])
+        entering = _entering(one)
+        constant = None if broken else rest[i]
+        reasons = [reason, broken or _missing(rest[i])] if symmetry is not None else [reason]
+        if not isometric:
+            reasons.append("the group does not keep the length of the outputs")
+        share = None
+        if moved and strength is not None and isinstance(constant, float) and isometric:
+            share = strength * constant * (entering + max(_entering(run[i]) for run in moved))
+        bounds.append(
+            Bound(
+                one.name,
+                strength,
+                entering,
+                None if strength is None else strength * entering,
+                constant if isinstance(constant, float) else None,
+                share,
+                "; ".join(filter(None, reasons)),
+            )
+        )
+    shares = [b.equivariance for b in bounds]
+    total = (
+        None if symmetry is None or any(s is None for s in shares) else math.fsum(s for s in shares if s is not None)
+    )
+    return Certificate(tuple(bounds), total, measured, size)
+
+
+def _elements(symmetry: Symmetry, samples: int, generator: torch.Generator | None) -> Tensor:
+    generator = generator or torch.Generator().manual_seed(0)
+    return torch.cat([symmetry.group.generators, symmetry.group.sample(samples, generator=generator)])
+
+
+def _relaxed_calls(run: Trace, maps: Mapping[int, Tensor]) -> list[Call]:
+    return [event.call for event in run.events if event.stage == "leave" and id(event.call.module) in maps]
+
+
+def _entering(one: Call) -> float:
+    """Norm of what the term acts on, the first argument."""
+    return _norm(atom.tensor for atom in one.taken[0][:1])
+
+
+def _strength(layer: nn.Module, matrix: Tensor) -> tuple[float | None, str]:
+    """The operator norm of a dense map, or the sum over kernel points of the norms there, which bounds it."""
+    if matrix.ndim > 2 and getattr(layer, "padding_mode", "zeros") not in ("zeros", "circular"):
+        return None, f"padding {layer.padding_mode!r} repeats entries of the input"
+    return _operator_norm(matrix), ""
+
+
+def _operator_norm(matrix: Tensor) -> float:
+    points = matrix.double().flatten(2).movedim(-1, 0) if matrix.ndim > 2 else matrix.double()[None]
+    return float(torch.linalg.matrix_norm(points, 2).sum()) if matrix.numel() else 0.0
+
+
+def _remainders(run: Trace, maps: Mapping[int, Tensor], stated: Mapping[str, float]) -> tuple[list[float | str], str]:
+    """For each relaxed call the constant of the modules after it, or the name of one without; or why it is no chain."""
+    chain = _units(run, maps, stated)
+    for before, after in pairwise(chain):
+        if not _hands_over(before, after):
+            return [], f"there is code between {before.name!r} and {after.name!r}, whose Lipschitz constant is unknown"
+    ends = [event.call for event in run.events if event.stage == "leave" and not event.call.name]
+    if not chain or [a.key for a in chain[-1].given] != [a.key for a in ends[-1].given]:
+        return [], f"there is code after {chain[-1].name!r}" if chain else "no module was called"
+    result: list[float | str] = []
+    constant: float | str = 1.0
+    for unit in reversed(chain):
+        if id(unit.module) in maps:
+            result.append(constant)
+        own = stated.get(unit.name, _constant(unit.module))
+        if isinstance(constant, float):
+            constant = constant * own if own is not None else f"{unit.name!r} ({_kind(unit.module)})"
+    return result[::-1], ""
+
+
+def _units(run: Trace, maps: Mapping[int, Tensor], stated: Mapping[str, float]) -> list[Call]:
+    """The outermost calls of modules with a constant, of relaxed layers and of leaves, in order."""
+    units, inside = [], None
+    for stage, one in run.events:
+        if stage == "enter":
+            whole = id(one.module) in maps or one.name in stated or _constant(one.module) is not None
+            whole |= hasattr(one.module, "irreps_out")  # e3nn's, whose parts are wired up in code
+            if inside is None and one.name and (whole or not any(one.module.children())):
+                inside = one
+        elif one is inside:
+            units.append(one)
+            inside = None
+    if not units and run.events and id(run.events[0].call.module) in maps:
+        return [run.events[0].call]  # the model is itself the relaxed layer
+    return units
+
+
+def _hands_over(before: Call, after: Call) -> bool:
+    taken = [atom for row in after.taken for atom in row]
+    return len(taken) == len(before.given) == 1 and taken[0].key == before.given[0].key
+
+
+def _constant(module: nn.Module) -> float | None:
+    """A Lipschitz constant of a module without its term, where one is known that holds everywhere."""
+    if isinstance(module, nn.Linear):
+        return _operator_norm(module.weight.detach())
+    if isinstance(module, nn.modules.conv._ConvNd):
+        return _operator_norm(module.weight.detach()) if module.padding_mode in ("zeros", "circular") else None
+    if isinstance(module, _ONE_LIPSCHITZ) or (
+        isinstance(module, nn.modules.dropout._DropoutNd) and not module.training
+    ):
+        return 1.0
+    if isinstance(module, nn.LeakyReLU):
+        return max(1.0, abs(module.negative_slope))
+    if isinstance(module, nn.ELU):
+        return max(1.0, abs(module.alpha))
+    if type(module) in _CURVED:
+        return _CURVED[type(module)]
+    if isinstance(module, nn.modules.batchnorm._BatchNorm) and not module.training and module.running_var is not None:
+        scale = torch.ones_like(module.running_var) if module.weight is None else module.weight.detach()
+        return float((scale.abs() / (module.running_var + module.eps).sqrt()).max())
+    if _is_e3nn_linear(module):
+        return _dense_norm(module)
+    return None
+
+
+def _is_e3nn_linear(module: nn.Module) -> bool:
+    return any(base.__module__ == "e3nn.o3._linear" for base in type(module).__mro__)
+
+
+@torch.no_grad()
+def _dense_norm(module: Any) -> float | None:
+    """Push the identity through an affine layer without its term."""
+    if not module.internal_weights:
+        return None
+    like = module.weight
+    size = module.irreps_in.dim
+    term = getattr(module, "non_equivariant", None)
+    enabled = None if term is None else term.enabled
+    if term is not None:
+        term.enabled = False
+    try:
+        rows = module(torch.cat([torch.eye(size), torch.zeros(1, size)]).to(like))
+    finally:
+        if term is not None:
+            term.enabled = enabled
+    return _operator_norm((rows[:-1] - rows[-1:]).mT)
+
+
+def _missing(constant: float | str) -> str:
+    if isinstance(constant, float):
+        return ""
+    return f"no Lipschitz constant of {constant} holds everywhere; state one by lipschitz={{name: L}} if you know it"
+
+
+def _kind(module: nn.Module) -> str:
+    trained = module.training and isinstance(module, nn.modules.batchnorm._BatchNorm)
+    return type(module).__name__ + (", statistics of the batch" if trained else "")
+
+
+def _norm(tensors: Any) -> float:
+    return math.hypot(*(float(torch.linalg.vector_norm(t.double())) for t in tensors))
+
+
+def _number(value: float | None) -> str:
+    return "no bound" if value is None else f"{value:.3g}"

@@ -1,0 +1,201 @@
+"""The bound is never below what is measured, and is refused, with a reason, where none holds."""
+
+import copy
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+import constrained_equiv as ce
+from constrained_equiv import Symmetry, actions, groups
+from constrained_equiv import representations as reps
+from constrained_equiv._certificate import certify
+from tests.cases import CASES, case_named, tensors
+
+S4 = groups.symmetric(4)
+SETS = Symmetry(S4, actions.permute(-2), actions.permute(-2))
+
+
+def terms_of(model):
+    return [(r.name, r.layer, r.term.matrix()) for r in ce.relaxations(model)]
+
+
+def set_network(seed=0, scale=1.0, activation=None, depth=3):
+    torch.manual_seed(seed)
+    parts = []
+    for _ in range(depth):
+        parts += [nn.Linear(3, 3), activation or nn.Tanh()]
+    model = nn.Sequential(*parts[:-1]).double().eval()
+    points = reps.permutation(4, channels=3)
+    adapter = ce.adapters.linear(points, points, axes=(-2, -1))
+    generator = torch.Generator().manual_seed(seed)
+    ce.relax(model, where=lambda n, m: isinstance(m, nn.Linear), adapter=adapter, init=scale, generator=generator)
+    return model, torch.randn(5, 4, 3, dtype=torch.float64, generator=generator)
+
+
+def norm(value):
+    return math.hypot(*(float(torch.linalg.vector_norm(part.detach())) for part in tensors(value)))
+
+
+@settings(max_examples=30)
+@given(
+    st.integers(0, 2**31 - 1),
+    st.sampled_from([1e-4, 1e-2, 1.0]),
+    st.sampled_from([nn.Tanh(), nn.ReLU(), nn.LeakyReLU(2.0), nn.ELU(1.5), nn.SiLU(), nn.GELU(), nn.Sigmoid()]),
+)
+def test_the_bound_holds_on_chains(seed, scale, activation):
+    model, x = set_network(seed, scale, activation)
+    found = certify(model, terms_of(model), x, symmetry=SETS)
+    assert found.equivariance is not None and found.measured <= found.equivariance
+    assert found.size == pytest.approx(norm(model(x)))
+    assert found.equivariance == pytest.approx(sum(bound.equivariance for bound in found.bounds))
+    # the same chain of arguments bounds the change of the output when all terms go
+    with ce.disabled(model):
+        plain = model(x)
+    assert norm(model(x) - plain) <= sum(b.truncation * b.lipschitz for b in found.bounds) * (1 + 1e-12)
+
+
+def test_the_bound_is_the_formula():
+    model, x = set_network(depth=2)
+    found = certify(model, terms_of(model), x, symmetry=SETS, samples=3)
+    first, second = (r.term.matrix().detach() for r in ce.relaxations(model))
+    base = torch.linalg.matrix_norm(model[2].weight.detach(), 2)
+    hidden = model[1](model[0](x))
+    expected = [(first, x, float(base)), (second, hidden, 1.0)]
+    for bound, (matrix, h, constant) in zip(found.bounds, expected, strict=True):
+        strength = float(torch.linalg.matrix_norm(matrix, 2))
+        assert bound.strength == pytest.approx(strength) and bound.entering == pytest.approx(norm(h))
+        assert bound.truncation == pytest.approx(strength * norm(h)) and bound.lipschitz == pytest.approx(constant)
+    # permutations keep the norm of x, so the first share needs no maximum
+    assert found.bounds[0].equivariance == pytest.approx(found.bounds[0].truncation * 2 * float(base))
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case.id != "energies and forces"])
+def test_truncations_hold_for_every_kind_of_layer(case):
+    data, model = case.data(), case.relaxed(init=0.3).eval()
+    arguments = data if len(data) > 1 else data[0]
+    found = certify(model, terms_of(model), arguments, symmetry=case.symmetry(), samples=2)
+    calls = {}
+    handles = [
+        r.layer.register_forward_hook(lambda m, args, out, n=r.name: calls.setdefault(n, []).append((args, out)))
+        for r in ce.relaxations(model)
+    ]
+    model(*data)
+    for handle in handles:
+        handle.remove()
+    plain = copy.deepcopy(model)
+    ce.finalize(plain, on_violation="drop")
+    layers = dict(plain.named_modules())
+    seen = dict.fromkeys(calls, 0)
+    for bound in found.bounds:
+        args, with_term = calls[bound.name][seen[bound.name]]
+        seen[bound.name] += 1
+        change = norm_difference(with_term, layers[bound.name](*args))
+        assert change <= bound.truncation * (1 + 1e-5), bound
+        assert change > 0
+    if found.equivariance is not None:
+        assert found.measured <= found.equivariance
+    else:
+        assert any(bound.reason for bound in found.bounds)
+
+
+def norm_difference(first, second):
+    return math.hypot(
+        *(
+            float(torch.linalg.vector_norm((a - b).detach().double()))
+            for a, b in zip(tensors(first), tensors(second), strict=True)
+        )
+    )
+
+
+@pytest.mark.usefixtures("float64_default")
+def test_e3nn_chains_have_a_bound_and_gates_have_none():
+    o3 = pytest.importorskip("e3nn.o3")
+    symmetry = Symmetry(groups.O3(), "2x0e + 2x1o", "1x0e + 1x1o")
+    chain = nn.Sequential(o3.Linear("2x0e + 2x1o", "3x0e + 2x1o", biases=True), o3.Linear("3x0e + 2x1o", "1x0e + 1x1o"))
+    ce.relax(chain, init=0.1)
+    found = certify(chain, terms_of(chain), torch.randn(5, 8), symmetry=symmetry)
+    assert found.measured <= found.equivariance and not any(bound.reason for bound in found.bounds)
+    with ce.disabled(chain):
+        rows = chain[1](torch.eye(9)).detach()
+    assert found.bounds[0].lipschitz == pytest.approx(float(torch.linalg.matrix_norm(rows, 2)))
+    case = case_named("e3nn gate network")
+    model = case.relaxed(init=0.1).eval()
+    found = certify(model, terms_of(model), case.data()[0], symmetry=case.symmetry())
+    assert found.equivariance is None and "Gate" in found.bounds[0].reason
+    assert found.bounds[-1].equivariance is not None  # nothing follows the last layer
+    assert all(bound.truncation is not None for bound in found.bounds)
+    assert "no bound" in repr(found) and "Gate" in repr(found)
+
+
+def relaxed_linear(model, layer):
+    points = reps.permutation(4, channels=3)
+    adapter = ce.adapters.linear(points, points, axes=(-2, -1))
+    return ce.relax(model, where=lambda n, m: m is layer, adapter=adapter, init=0.1)
+
+
+class Doubling(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner, self.last = nn.Linear(3, 3), nn.Tanh()
+
+    def forward(self, x):
+        return self.last(2 * self.inner(x))
+
+
+def test_no_bound_is_given_where_none_holds():
+    torch.manual_seed(0)
+    x = torch.randn(5, 4, 3)
+    code = Doubling()
+    relaxed_linear(code, code.inner)
+    found = certify(code, terms_of(code), x, symmetry=SETS)
+    assert found.equivariance is None and "code between 'inner' and 'last'" in found.bounds[0].reason
+    assert found.bounds[0].truncation is not None
+
+    for following, words in (
+        (nn.BatchNorm1d(4).train(), "statistics of the batch"),
+        (nn.LayerNorm(3), "LayerNorm"),
+        (nn.Softmax(-1), "Softmax"),
+    ):
+        model = nn.Sequential(nn.Linear(3, 3), following)
+        relaxed_linear(model, model[0])
+        found = certify(model, terms_of(model), x, symmetry=SETS)
+        assert found.equivariance is None and words in found.bounds[0].reason
+        stated = certify(model, terms_of(model), x, symmetry=SETS, lipschitz={"1": 7.0})
+        assert stated.bounds[0].lipschitz == 7.0 and stated.equivariance is not None
+
+    model = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(4).eval())
+    relaxed_linear(model, model[0])
+    found = certify(model, terms_of(model), x, symmetry=SETS)
+    assert found.measured <= found.equivariance  # fixed statistics are a linear map
+
+    stretched = Symmetry(S4, actions.permute(-2), lambda g, x: actions.permute(-2)(g, x) * (1 + g[0, 0].item()))
+    assert "keep the length" in certify(model, terms_of(model), x, symmetry=stretched).bounds[0].reason
+    outer = certify(model, terms_of(model), x, symmetry=SETS, lipschitz={"0": 3.0})
+    assert outer.bounds[0].lipschitz is not None  # a relaxed layer's own constant does not enter its own bound
+
+
+def test_without_a_symmetry_there_are_truncations_alone():
+    model, x = set_network()
+    found = certify(model, terms_of(model), x)
+    assert found.equivariance is None and found.measured is None
+    assert all(b.truncation > 0 and not b.reason for b in found.bounds)
+
+
+def test_convolutions_are_bounded_by_the_sum_over_kernel_points():
+    pytest.importorskip("escnn")
+    case = case_named("escnn convolution, C_4, groups")
+    model, (x,) = case.relaxed(init=0.3).eval(), case.data()
+    (bound,) = certify(model, terms_of(model), x).bounds
+    kernel = ce.relaxations(model)[0].term.matrix().detach()
+    size = min(x.shape[-1], 5)
+    probe = torch.zeros(1, kernel.shape[1], size, size, dtype=kernel.dtype)
+    rows = [
+        nn.functional.conv2d(p, kernel, padding=2).flatten()
+        for p in torch.eye(probe.numel(), dtype=kernel.dtype).view(-1, *probe.shape)
+    ]
+    exact = float(torch.linalg.matrix_norm(torch.stack(rows), 2))  # of one dense convolution with these channels
+    assert exact <= bound.strength
