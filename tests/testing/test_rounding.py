@@ -8,9 +8,15 @@ from torch import nn
 
 from constrained_equiv import Symmetry, actions, groups, testing
 from constrained_equiv import representations as reps
-from constrained_equiv._verify import EquivarianceReport, assert_equivariant, assert_equivariant_at, equivariance_report
+from constrained_equiv._verify import (
+    EquivarianceReport,
+    assert_equivariant,
+    assert_equivariant_at,
+    equivariance_error,
+    equivariance_report,
+)
 from constrained_equiv.errors import EquivarianceError, RepresentationError
-from tests.testing.zoo import Mix, network
+from tests.testing.zoo import Mix, Neighbours, lattice, network
 
 O3 = groups.O3()
 ROWS = actions.along(reps.vectors(1), -1)
@@ -41,7 +47,7 @@ def test_rounding_is_called_rounding(dtype):
     assert found.passed and found.verdict.startswith("rounding")
     unit = torch.finfo(dtype).eps
     assert unit <= found.rounding < 50 * unit and found.error < 30 * found.rounding
-    assert found.method == ("last digits" if dtype == torch.float64 else "higher precision")
+    assert found.method == ("lower precision" if dtype == torch.float64 else "higher precision")
     assert found.exact is None if dtype == torch.float64 else found.exact < 1e-14
 
 
@@ -70,26 +76,24 @@ def test_the_verdict_follows_the_defect_not_the_tolerance(exponent, seed):
         assert found.verdict.startswith("rounding")
 
 
-def test_ill_conditioned_models_have_more_rounding_of_their_own():
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_ill_conditioned_models_have_more_rounding_of_their_own(dtype):
     """1e4 + x - 1e4 loses four digits; the report measures that, where a fixed table could not know."""
-
-    def cancelling(x):
-        return (x + 1e4) - 1e4
-
-    for dtype, gain in ((torch.float32, 1e2), (torch.float64, 1e2)):
-        plain, lossy = (report(f, dtype, symmetry=VECTORS) for f in (lambda x: 2 * x, cancelling))
-        if dtype == torch.float32:
-            assert lossy.rounding > gain * plain.rounding and lossy.verdict.startswith("rounding")
+    plain, lossy = (report(f, dtype, symmetry=VECTORS) for f in (lambda x: 2 * x, lambda x: (x + 1e4) - 1e4))
+    assert lossy.rounding > 1e2 * plain.rounding
+    assert lossy.error > 1e2 * plain.error and lossy.verdict.startswith("rounding")
 
 
-def test_float64_models_with_ill_conditioned_outputs():
-    """A small difference of large numbers that depend on the input: last digits of the input show."""
+def test_the_last_digits_of_the_input_count_in_float64():
+    """A difference that is exact, of inputs that were rounded."""
+    large = 1e6 * torch.randn(6, 1, 3, dtype=torch.float64)
 
-    def difference(x):
-        return 1e6 * x * (x.square().sum(-1, keepdim=True).add(1e6).sqrt() - 1e3)
+    def offsets(x):
+        return x[:, :1] - x[:, 1:]
 
-    found = report(difference, torch.float64, symmetry=VECTORS)
-    assert found.rounding > 1e-16 and found.passed
+    x = large + torch.randn(6, 4, 3, dtype=torch.float64)
+    found = equivariance_report(offsets, x, symmetry=VECTORS)
+    assert found.rounding > 1e-11 and found.verdict.startswith("rounding")
 
 
 def test_weights_of_float64_models_are_changed_on_a_copy():
@@ -139,6 +143,67 @@ def test_records_are_frozen():
     assert isinstance(found, EquivarianceReport)
     with pytest.raises(AttributeError):
         found.error = 0.0
+
+
+# --- outputs that cancel ---------------------------------------------------------------------------------------------
+
+
+def centred(x):
+    return x - x.mean(-2, keepdim=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_outputs_that_cancel_pass_where_only_rounding_is_left(dtype):
+    seen = set()
+
+    @given(testing.point_clouds(min_points=1, dtype=dtype), testing.elements(O3))
+    def check(points, element):
+        symmetry = Symmetry(O3, "1x1o", "1x1o")
+        seen.add(equivariance_error(centred, points, symmetry=symmetry) > 1e-3)
+        assert_equivariant_at(centred, points, element, symmetry=symmetry)
+        assert_equivariant(centred, points, symmetry=symmetry)
+
+    check()
+    assert seen == {True, False}  # some errors are not small at all
+
+
+COINCIDENT = torch.randn(1, 3, generator=torch.Generator().manual_seed(0)).double().repeat(3, 1)
+
+
+def test_a_stated_tolerance_is_taken_as_it_is():
+    symmetry = Symmetry(O3, "1x1o", "1x1o")
+    assert_equivariant(centred, COINCIDENT, symmetry=symmetry)
+    report = equivariance_report(centred, COINCIDENT, symmetry=symmetry)
+    assert report.cancelled and report.passed and "cancels" in report.verdict and report.error > 1
+    with pytest.raises(EquivarianceError):
+        assert_equivariant(centred, COINCIDENT, symmetry=symmetry, tolerance=1e-10)
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        lambda x: centred(x) + 1e-9 * x.abs(),
+        lambda x: centred(x) + 1e-12,
+        lambda x: 1e-14 * centred(x).sign(),
+        Neighbours(2),
+    ],
+    ids=["a small defect", "a tiny constant", "a jump", "ties"],
+)
+def test_what_only_looks_like_rounding_fails(model):
+    x = COINCIDENT if not isinstance(model, nn.Module) else lattice(torch.float64)
+    symmetry = Symmetry(O3, "1x1o", "1x1o")
+    with pytest.raises(EquivarianceError):
+        assert_equivariant(model, x, symmetry=symmetry)
+
+
+def test_one_cancelled_output_does_not_hide_a_broken_one():
+    symmetry = Symmetry(O3, "1x1o", ("1x1o", "1x1o"))
+    with pytest.raises(EquivarianceError):
+        assert_equivariant(lambda x: (centred(x), x.abs()), COINCIDENT, symmetry=symmetry)
+    for element in O3.sample(3):
+        assert_equivariant_at(lambda x: (centred(x), 2 * x), COINCIDENT, element, symmetry=symmetry)
+        with pytest.raises(EquivarianceError, match=r"output \[1\]"):
+            assert_equivariant_at(lambda x: (centred(x), x.abs()), COINCIDENT, element, symmetry=symmetry)
 
 
 # --- at given elements -----------------------------------------------------------------------------------------------
