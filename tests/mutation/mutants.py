@@ -223,7 +223,7 @@ def scale_forgotten():
     """theta is not applied."""
     from constrained_equiv._terms import NonEquivariantTerm
 
-    NonEquivariantTerm.matrix = lambda self: self.weight if self.gate is None else self.gate * self.weight
+    NonEquivariantTerm.matrix = lambda self: self.weight * (1.0 if self.gate is None else self.gate)
 
 
 def not_in_the_complement():
