@@ -24,6 +24,7 @@ from constrained_equiv._dual import DualFactory, DualName, FormulationName, Mult
 from constrained_equiv._terms import NonEquivariantTerm
 from constrained_equiv.constraints import Constraint, Penalty, ScaleSchedule, Terms, norm_shares
 from constrained_equiv.errors import CheckpointError, ConstraintError, NonFiniteError
+from constrained_equiv.intertwiners import Projection
 from constrained_equiv.schedules import Joined, Ramp, Schedule, value_at
 
 Record: TypeAlias = Constraint | Penalty | ScaleSchedule
@@ -113,8 +114,13 @@ class Engine:
         self.penalties = tuple(record for record in records if isinstance(record, Penalty))
         stated = [record for record in records if isinstance(record, Constraint)]
         self.records = tuple(sorted(stated, key=lambda record: record.type == "equality"))
-        self.slices = tuple(_ranges([len(record.terms) for record in self.records]))
-        self.names = tuple(f"{name} ({record.measure.name})" for record in self.records for name in record.terms.names)
+        entries = [record.entries for record in self.records]
+        self.slices = tuple(_ranges([len(part) for part in entries]))
+        self.names = tuple(
+            f"{entry.name} ({record.measure.name})"
+            for record, part in zip(self.records, entries, strict=True)
+            for entry in part
+        )
         self.terms = Terms.of(list(_unique(records)))
         self._check(records)
         self._charged: list[Constraint | Penalty] = [*self.records, *self.penalties]
@@ -143,10 +149,12 @@ class Engine:
         precision, device = self.terms.precision, weight.device
         prices = [
             record.slack.price if record.slack and record.slack.cost == "linear" else torch.inf
-            for record in self.records
-            for _ in record.terms.names
+            for record, part in zip(self.records, self.slices, strict=True)
+            for _ in range(part.start, part.stop)
         ]
-        inequalities = sum(len(record.terms) for record in self.records if record.type == "inequality")
+        inequalities = max(
+            (p.stop for r, p in zip(self.records, self.slices, strict=True) if r.type == "inequality"), default=0
+        )
         return Multipliers(
             inequalities,
             len(prices) - inequalities,
@@ -309,7 +317,7 @@ class Engine:
         if record.measure.slope is None:
             return record.measure.values(record.terms)
         slopes = self._slopes[self._charged.index(record)] = record.measure.slope(record.terms)
-        return slopes * record.terms.norms(record.measure.part)
+        return slopes * record.terms.norms(record.measure.part, record.measure.per)
 
     def _give_way(self) -> None:
         """Subtract the slack that is best for the current multipliers."""
@@ -357,11 +365,11 @@ class Engine:
             if pinned and _pins_whole(record):
                 for weight in record.terms.weights():
                     weight.grad = None
-            elif pinned:  # the equivariant part of a free term goes on learning
-                for rows in record.terms.stacks:
+            elif pinned:  # what is not constrained goes on learning
+                projections = record.terms.projections(record.measure.part)
+                for rows, projection in zip(record.terms.stacks, projections, strict=True):
                     gradients = _tensors.gradients(record.terms.weights()[rows])
-                    term = record.terms.modules[rows.start]
-                    _tensors.map_stacked_(gradients, partial(_equivariant_part, term), self._scratch)
+                    _tensors.map_stacked_(gradients, partial(_projected, projection), self._scratch)
 
     def _shares(self, charges: Sequence[_Charge]) -> Tensor | None:
         """By how much of each of `self.terms` the gradient grows."""
@@ -394,39 +402,39 @@ class Engine:
                 continue
             values = record.measure.values(record.terms).to(self.levels).abs()
             slopes = 1.0 if record.measure.slope is None else record.measure.slope(record.terms).square()
-            pull = self._rates(record.terms) * slopes * self._coefficients[part]
+            pull = self._rates(record) * slopes * self._coefficients[part]
             self._rescale(record, torch.where(values > 0, 1.0 - pull / values, 1.0).clamp_min_(0))
 
-    def _rates(self, terms: Terms) -> Tensor | float:
-        """Learning rates of the terms: one number where they share it, which is the rule."""
+    def _rates(self, record: Constraint) -> Tensor | float:
+        """Learning rates of the terms of each entry: one number where they share it, which is the rule."""
         rate = {id(p): group["lr"] for group in self.base.param_groups for p in group["params"]}
-        rates = [rate[id(weight)] for weight in terms.weights()]
+        rates = [rate[id(weight)] for weight in record.terms.weights()]
         if all(r is rates[0] or (isinstance(r, float) and r == rates[0]) for r in rates):
             return rates[0]  # type: ignore[no-any-return]
-        return torch.stack([torch.as_tensor(r, device=self.levels.device) for r in rates]).to(self.levels)
+        single = torch.stack([torch.as_tensor(r, device=self.levels.device) for r in rates]).to(self.levels)
+        return record.terms.spread(single, record.measure.part, record.measure.per)
 
     def _rescale(self, record: Constraint, factors: Tensor) -> None:
         if record.measure.target == "gate":
             _tensors.scale_(record.terms.gates(), factors)
         else:
-            weights = record.terms.weights()
-            _tensors.add_scaled_(weights, record.terms.parts(record.measure.part), factors - 1.0)
+            record.terms.rescale_(record.measure.part, record.measure.per, factors)
 
     def _pin(self) -> None:
         """Where a level is exactly 0, set what is constrained to exactly 0 and forget its base state."""
         before = self._pinned
         self._set_pinned([self._pins(record, level) for record, level in zip(self.records, self._levels, strict=True)])
-        for (record, _, now), earlier in zip(self._stated(), before, strict=True):
+        for (record, part, now), earlier in zip(self._stated(), before, strict=True):
             if not now:
                 continue
-            weights = record.terms.weights()
             if _pins_whole(record):
+                weights = record.terms.weights()
                 _tensors.zero_(weights)
                 if not earlier:
                     for weight in weights:
                         self.base.state.pop(weight, None)
             else:
-                self._rescale(record, torch.zeros_like(self.levels[: len(weights)]))
+                self._rescale(record, self.levels[part])  # by 0
 
     def _pins(self, record: Constraint, level: float) -> bool:
         return (
@@ -515,8 +523,8 @@ class Engine:
         for record in self.records:
             if self.options.enforce == "proximal" and record.measure.slope is None and record.measure.target != "gate":
                 raise ConstraintError(
-                    f"enforce='proximal' with measure {record.measure.name!r}: expected a norm (weight, relative) or a "
-                    "gate, whose proximal step has a closed form"
+                    f"enforce='proximal' with measure {record.measure.name!r}: expected a norm (weight, relative), not "
+                    "shared by layers, or a gate, whose proximal step has a closed form"
                 )
             self._check_slack(record)
 
@@ -546,7 +554,7 @@ def _ended(schedule: Schedule, step: int) -> bool:
 
 
 def _is_whole_norm(record: Constraint | Penalty) -> bool:
-    return record.measure.slope is not None and _pins_whole(record)
+    return record.measure.slope is not None and record.measure.per == "layer" and _pins_whole(record)
 
 
 def _take(vector: Tensor, positions: list[int]) -> Tensor:
@@ -567,13 +575,13 @@ def _finite_complement(term: NonEquivariantTerm, gradients: Tensor) -> Tensor:
     return term.projection.complement_(torch.nan_to_num_(gradients, 0.0, 0.0, 0.0))
 
 
-def _equivariant_part(term: NonEquivariantTerm, gradients: Tensor) -> Tensor:
-    return gradients - term.projection.complement_(gradients.clone())
+def _projected(projection: Projection, gradients: Tensor) -> Tensor:
+    return gradients - projection.complement_(gradients.clone())
 
 
 def _pins_whole(record: Constraint | Penalty) -> bool:
     """Whether the constrained part is all of W, so that a level of 0 ends the term."""
-    return record.measure.part == "whole" or record.terms.complement
+    return record.terms.whole(record.measure.part)
 
 
 def _unique(records: Iterable[Record]) -> Iterator[tuple[str, NonEquivariantTerm]]:

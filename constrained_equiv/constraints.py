@@ -13,6 +13,10 @@ The measures, per layer (W is orthogonal to the equivariant maps in the compleme
     activation  RMS of W x over the last training batch
     gate        the learnable scalar itself
     lie         sqrt(mean over generators of || W rho_in - rho_out W ||_F^2 / out features)
+    subgroup    || W - P_H W ||_F / sqrt(out features), P_H onto the maps that commute with a subgroup H
+
+What a measure yields are *entries*, one number per constraint: `per="layer"` one for each term, `"block"` one for each
+pair of irreps of each term, `"generator"` one for each generator of the group, `"model"` one for all terms together.
 """
 
 import math
@@ -20,7 +24,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import accumulate
-from typing import Literal, TypeAlias
+from typing import Literal, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -29,10 +33,27 @@ from constrained_equiv import _tensors
 from constrained_equiv._relax import relaxations
 from constrained_equiv._terms import NonEquivariantTerm
 from constrained_equiv.errors import ConstraintError
+from constrained_equiv.groups import Group
+from constrained_equiv.intertwiners import Intertwiners, MapBlock, Projection
 from constrained_equiv.schedules import Schedule, as_schedule, value_at
 
 Type: TypeAlias = Literal["inequality", "equality"]
 Part: TypeAlias = Literal["whole", "non_equivariant"]
+Share: TypeAlias = Part | Group
+"""What of W is measured: all, what breaks the layer's symmetry, or what breaks a subgroup of it."""
+Per: TypeAlias = Literal["layer", "block", "generator", "model"]
+
+
+class Entry(NamedTuple):
+    """One number that a constraint holds to its level.
+
+    Attributes:
+        name: of the layer, with the block or generator where there are several; of all layers where they share it.
+        terms: positions of the terms that it measures.
+    """
+
+    name: str
+    terms: range
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,22 +108,116 @@ class Terms:
             factors = factors * torch.stack([*gates]).detach()
         return factors * self._spread(factors.device, self.precision)
 
-    def parts(self, part: Part) -> list[Tensor]:
-        """W of each term, or W - P W where only the non-equivariant part of free terms is meant."""
+    def parts(self, part: Share) -> list[Tensor]:
+        """W of each term, or W - P W where only what breaks the symmetry, or a subgroup of it, is meant."""
         weights: list[Tensor] = list(self.weights())
         if torch.is_grad_enabled():
             weights = [weight.detach() for weight in weights]
-        if part == "whole" or self.complement:
+        if self.whole(part):
             return weights
-        return [
-            share
-            for stack in self.stacks
-            for share in self.modules[stack.start].projection.complement_(torch.stack(weights[stack])).unbind()
-        ]
+        shares: list[Tensor] = []
+        for stack, projection in zip(self.stacks, self.projections(part), strict=True):
+            here = weights[stack]
+            if _tensors.any_sharded(here):
+                here = [weight.clone() for weight in here]
+                _tensors.map_stacked_(here, projection.complement_)
+                shares += here
+            else:
+                shares += projection.complement_(torch.stack(here)).unbind()
+        return shares
 
-    def norms(self, part: Part) -> Tensor:
-        """Frobenius norms of `parts`, (n,)."""
+    def whole(self, part: Share) -> bool:
+        """Whether a part is all of W, so that nothing is left where it is 0."""
+        return part == "whole" or (part == "non_equivariant" and self.complement)
+
+    def projections(self, part: Share) -> tuple[Projection, ...]:
+        """Onto the maps that `part` leaves out, one for each stack."""
+        if not isinstance(part, Group):
+            return tuple(self.modules[stack.start].projection for stack in self.stacks)
+        if part not in self._restricted:
+            self._restricted[part] = tuple(self._restrict(stack.start, part) for stack in self.stacks)
+        return self._restricted[part]
+
+    def _restrict(self, position: int, subgroup: Group) -> Projection:
+        space = self.modules[position].projection
+        if not isinstance(space, Intertwiners):
+            raise ConstraintError(
+                f"subgroup {subgroup} at layer {self.names[position]!r}, a convolution: expected dense terms, whose "
+                "representations are known; choose them in where=, and take weight or lie(per='generator') here"
+            )
+        return space.restricted(subgroup)
+
+    @cached_property
+    def _restricted(self) -> dict[Group, tuple[Projection, ...]]:
+        return {}
+
+    def entries(self, part: Share, per: Per) -> tuple[Entry, ...]:
+        """What a measure of these terms yields, in order."""
+        if per == "model":
+            return (Entry(_joined(self.names), range(len(self))),)
+        return tuple(
+            Entry(f"{self.names[i]}[{label}]" if label else self.names[i], range(i, i + 1))
+            for stack in self.stacks
+            for i in range(stack.start, stack.stop)
+            for label in self._labels(stack, part, per)
+        )
+
+    def _labels(self, stack: slice, part: Share, per: Per) -> tuple[str, ...]:
+        """Of the entries of each term of a stack."""
+        if per == "block":
+            return tuple(block.name for block in self._blocks(stack, part))
+        if per == "generator":
+            projection: Projection = self.modules[stack.start].projection
+            return projection.generator_names
+        return ("",)
+
+    def _blocks(self, stack: slice, part: Share) -> list[MapBlock]:
+        """The blocks that are measured: not those which are 0 because all their maps are equivariant."""
+        first = self.modules[stack.start]
+        blocks = first.projection.map_blocks
+        kept = [block for block in blocks if not block.equivariant or (part == "whole" and not first.complement)]
+        return kept or list(blocks)
+
+    def split(self, numbers: Tensor, part: Share, per: Per) -> list[Tensor]:
+        """Cut numbers, one per entry, into (terms, entries of each) for each stack."""
+        sizes = [(stack.stop - stack.start, len(self._labels(stack, part, per))) for stack in self.stacks]
+        pieces = torch.split(numbers, [count * size for count, size in sizes])
+        return [piece.view(size) for piece, size in zip(pieces, sizes, strict=True)]
+
+    def spread(self, numbers: Tensor, part: Share, per: Per) -> Tensor:
+        """Repeat numbers, one per term, for all entries of that term."""
+        if per in ("layer", "model"):
+            return numbers
+        return torch.cat(
+            [numbers[stack].repeat_interleave(len(self._labels(stack, part, per))) for stack in self.stacks]
+        )
+
+    def add_parts_(self, targets: Sequence[Tensor], part: Share, per: Per, factors: Tensor) -> None:
+        """targets[i] += factor * part of W of the i-th term, block by block where there is a factor for each."""
         parts = self.parts(part)
+        if per != "block":
+            _tensors.add_scaled_(targets, parts, factors)
+            return
+        scaled = [
+            _scale_blocks(_tensors.stacked(parts[stack]), self._blocks(stack, part), here)
+            for stack, here in zip(self.stacks, self.split(factors, part, per), strict=True)
+        ]
+        _tensors.add_(targets, [one for stack in scaled for one in stack.unbind()])
+
+    def rescale_(self, part: Share, per: Per, factors: Tensor) -> None:
+        """Multiply what each entry measures by its factor; a term measured by several by the smallest."""
+        if per == "model":
+            factors = factors.expand(len(self))
+        elif per == "generator":
+            factors = torch.cat([here.amin(1) for here in self.split(factors, part, per)])
+        self.add_parts_(self.weights(), part, per, factors - 1.0)
+
+    def norms(self, part: Share, per: Per = "layer") -> Tensor:
+        """Frobenius norms of `parts`, (n,), or of each of their blocks, one after the other."""
+        parts = self.parts(part)
+        if per == "block":
+            stacks = [(_tensors.stacked(parts[stack]), self._blocks(stack, part)) for stack in self.stacks]
+            return torch.cat([_block_norms(*stack, self.precision).flatten() for stack in stacks])
         if _tensors.any_sharded(parts):  # one collective for all
             return _tensors.norms(parts, self.precision)
         sizes = [_tensors.norms(parts[stack], self.precision) for stack in self.stacks]
@@ -128,6 +243,30 @@ class Terms:
     @cached_property
     def _spreads(self) -> dict[tuple[torch.device, torch.dtype], Tensor]:
         return {}
+
+
+def _joined(names: Sequence[str]) -> str:
+    shown = names if len(names) <= 3 else (names[0], "...", names[-1])
+    return " + ".join(shown) + (f", {len(names)} layers" if len(names) > 3 else "")
+
+
+def _block_norms(stack: Tensor, blocks: Sequence[MapBlock], dtype: torch.dtype) -> Tensor:
+    """Norms (n, blocks) of the blocks of maps (n, *shape)."""
+    axes = tuple(range(1, stack.ndim))
+    norms = [
+        torch.stack([torch.linalg.vector_norm(stack[:, *place], dim=axes, dtype=dtype) for place in block.places])
+        for block in blocks
+    ]
+    return torch.stack([torch.linalg.vector_norm(pieces, dim=0) for pieces in norms], 1)
+
+
+def _scale_blocks(stack: Tensor, blocks: Sequence[MapBlock], factors: Tensor) -> Tensor:
+    """Maps (n, *shape) with each block multiplied by its factor (n, blocks), and 0 in all others."""
+    result = torch.zeros_like(stack)
+    for block, factor in zip(blocks, factors.to(stack.dtype).unbind(1), strict=True):
+        for place in block.places:
+            result[:, *place].addcmul_(stack[:, *place], factor.view(-1, *[1] * (stack.ndim - 1)))
+    return result
 
 
 Stack: TypeAlias = tuple[NonEquivariantTerm, ...]
@@ -182,16 +321,17 @@ def _water_level(forces: Tensor, penalty: Tensor, budget: float) -> Tensor:
 
 @dataclass(frozen=True)
 class Measure:
-    """A number per term, and its gradient.
+    """Numbers of some terms, the entries, and their gradients.
 
     Attributes:
         name: shown in reports.
-        values: terms -> (n,) values, without a graph.
-        pull: adds coefficients[i] * d values[i] / d parameter to the `.grad` of each term's parameter.
+        values: terms -> (m,) values, one per entry, without a graph.
+        pull: adds sum over i of coefficients[i] * d values[i] / d parameter to the `.grad` of each term's parameter.
         target: the parameter of the term that is constrained.
-        part: whether W as a whole or only its non-equivariant part is held to the level.
-        slope: where the value is slope * || part ||: terms -> (n,) slopes. The optimizer then pulls with the values
-            that it has, and can take proximal steps; None where the value is no such norm.
+        part: whether W as a whole, only its non-equivariant part, or only what breaks a subgroup is held to the level.
+        per: what has an entry of its own.
+        slope: where the value is slope * || part or block of it ||: terms -> (m,) slopes. The optimizer can then take
+            proximal steps, and pulls whole terms with the values that it has; None where the value is no such norm.
         synchronise: averages what the terms recorded in their forward pass over the processes of a parallel training,
             once per step, before `values`.
     """
@@ -200,7 +340,8 @@ class Measure:
     values: Callable[[Terms], Tensor]
     pull: Callable[[Terms, Tensor], None]
     target: Literal["weight", "gate"] = "weight"
-    part: Part = "whole"
+    part: Share = "whole"
+    per: Per = "layer"
     slope: Callable[[Terms], Tensor] | None = None
     synchronise: Callable[[Terms], None] | None = None
 
@@ -222,6 +363,11 @@ class Constraint:
     level: Schedule
     type: Type = "inequality"
     slack: Slack | None = None
+
+    @property
+    def entries(self) -> tuple[Entry, ...]:
+        """What the measure's values, in their order, are of."""
+        return self.terms.entries(self.measure.part, self.measure.per)
 
 
 @dataclass(frozen=True, eq=False)
@@ -257,6 +403,7 @@ def weight(
     *,
     level: float | Schedule,
     part: Part = "whole",
+    per: Literal["layer", "block", "model"] = "layer",
     where: Callable[[str], bool] | None = None,
     type: Type = "inequality",
 ) -> Constraint:
@@ -268,6 +415,10 @@ def weight(
             every layer.
         part: `whole` bounds W; `non_equivariant` bounds W - P W, for the free form that is folded at the end. In the
             complement both are the same.
+        per: `layer` bounds each term. `block` bounds, in each term, each block from one irrep (or permutation, or field
+            type of a convolution) to another, divided by the square root of the *layer's* out features, so that the
+            squares of a layer's blocks add up to its own; blocks that hold equivariant maps only are left out in the
+            complement. `model` holds the root mean square over all chosen terms in one shared constraint.
         where: chooses layers by name; all by default.
         type: `inequality` or `equality`.
 
@@ -275,7 +426,8 @@ def weight(
         ConstraintError: if nothing is relaxed or chosen, or the level is negative.
         ScheduleError: if the level is not a number or schedule.
     """
-    return _constraint(model, weight_measure(part), level, where, type)
+    _known(per, "layer", "block", "model")
+    return _constraint(model, weight_measure(part, per), level, where, type)
 
 
 def relative(
@@ -283,6 +435,7 @@ def relative(
     *,
     level: float | Schedule,
     part: Part = "whole",
+    per: Literal["layer", "block", "model"] = "layer",
     where: Callable[[str], bool] | None = None,
     type: Type = "inequality",
 ) -> Constraint:
@@ -291,6 +444,7 @@ def relative(
     The measure is `weight` over the RMS of the layer's output in the last training forward, which is not
     differentiated; arguments as for `weight`.
     """
+    _known(per, "layer", "block", "model")
 
     def responses(terms: Terms) -> Tensor:
         return torch.stack([term.response for term in terms.modules]).clamp_min(1e-12)
@@ -301,7 +455,7 @@ def relative(
         _tensors.average_over_processes_(kept)
         torch._foreach_sqrt_(kept)
 
-    measure = _norm_measure("relative", lambda t: t.factors().abs() / responses(t), part, synchronise)
+    measure = _norm_measure("relative", lambda t: t.factors().abs() / responses(t), part, per, synchronise)
     constraint = _constraint(model, measure, level, where, type)
     for term in constraint.terms.modules:
         term.record("response")
@@ -343,21 +497,52 @@ def lie(
     model: nn.Module,
     *,
     level: float | Schedule,
+    per: Literal["layer", "generator"] = "layer",
     where: Callable[[str], bool] | None = None,
     type: Type = "inequality",
 ) -> Constraint:
     """Bound the Lie derivative of each term, in operator form.
 
-    Discrete generators (inversion) count beside the algebra's, so that parity is seen; arguments as for `weight`.
+    Discrete generators (inversion) count beside the algebra's, so that parity is seen; arguments as for `weight`. With
+    `per="generator"` each generator has a constraint of its own; the square of a layer's value is the mean of theirs.
 
     Reference: for isotropic unit-variance x, the mean of || W rho_in(A) x - rho_out(A) W x ||^2 equals the squared
         Frobenius norm of the bracket; the mean over generators is taken so that the group's size does not matter.
     """
+    _known(per, "layer", "generator")
+    return _constraint(model, lie_measure(per), level, where, type)
 
-    def square(stack: Tensor, terms: Stack) -> Tensor:
-        return terms[0].projection.defect(stack).mean(0)
 
-    return _constraint(model, _stacked_measure("lie", square, part="non_equivariant"), level, where, type)
+def subgroup(
+    model: nn.Module,
+    group: Group,
+    *,
+    level: float | Schedule,
+    where: Callable[[str], bool] | None = None,
+    type: Type = "inequality",
+) -> Constraint:
+    """Bound what of each term breaks a subgroup H: || W - P_H W ||_F / sqrt(out features).
+
+    P_H projects onto the maps that commute with H, of which the equivariant ones are some. At level 0 a term is left
+    with W = P_H W: it breaks the group no further than to H. `finalize` checks such a term by its other constraints, or
+    by its norm, for it is not equivariant; `on_violation="keep"` keeps it.
+
+    Args:
+        model: a relaxed model with dense terms.
+        group: H, as matrices of the same degree as those of the layers' group: `ce.groups.SO3()` where that is O(3),
+            `ce.groups.cyclic(4)` of SO(2), or a `ce.groups.matrix_group` such as the turns about one axis.
+        level: as for `weight`, and never larger than its value: the more of the group H holds, the larger.
+        where: chooses layers by name; all by default.
+        type: `inequality` or `equality`.
+
+    Raises:
+        ConstraintError: if a chosen term is a convolution; further as for `weight`.
+        RepresentationError: if `group` is no subgroup of a layer's group, as far as its generators tell.
+    """
+    measure = _norm_measure(f"subgroup {group}", lambda t: t.factors().abs(), part=group)
+    constraint = _constraint(model, measure, level, where, type)
+    constraint.terms.projections(group)  # refuses what cannot be restricted
+    return constraint
 
 
 def gate(
@@ -502,9 +687,19 @@ def scale(model: nn.Module, *, schedule: float | Schedule, where: Callable[[str]
     return ScaleSchedule(_choose(model, where), as_schedule(schedule))
 
 
-def weight_measure(part: Part) -> Measure:
+def weight_measure(part: Part, per: Per = "layer") -> Measure:
     """The measure of `weight`."""
-    return _norm_measure("weight", lambda t: t.factors().abs(), part)
+    return _norm_measure("weight", lambda t: t.factors().abs(), part, per)
+
+
+def lie_measure(per: Per = "layer") -> Measure:
+    """The measure of `lie`."""
+
+    def square(stack: Tensor, terms: Stack) -> Tensor:
+        defects = terms[0].projection.defect(stack)
+        return defects.T.flatten() if per == "generator" else defects.mean(0)
+
+    return _stacked_measure("lie", square, part="non_equivariant", per=per)
 
 
 def _constraint(
@@ -512,14 +707,26 @@ def _constraint(
 ) -> Constraint:
     if type not in ("inequality", "equality"):
         raise ConstraintError(f"type={type!r}: expected 'inequality' or 'equality'")
-    if measure.part not in ("whole", "non_equivariant"):
+    if measure.part not in ("whole", "non_equivariant") and not isinstance(measure.part, Group):
         raise ConstraintError(f"part={measure.part!r}: expected 'whole' or 'non_equivariant'")
     schedule = as_schedule(level)
     if type == "inequality" and (first := value_at(schedule, 0)) < 0:
         raise ConstraintError(
             f"level {first} at step 0: expected a bound >= 0 for {measure.name}, which is never negative"
         )
-    return Constraint(measure, _choose(model, where), schedule, type)
+    constraint = Constraint(measure, _choose(model, where), schedule, type)
+    measured = {i for entry in constraint.entries for i in entry.terms}
+    if missing := [name for i, name in enumerate(constraint.terms.names) if i not in measured]:
+        raise ConstraintError(
+            f"{measure.name} per={measure.per!r} at layer {missing[0]!r}, whose group has no generator that can be "
+            "tried there: expected another measure, for example ce.constraints.weight; choose layers in where="
+        )
+    return constraint
+
+
+def _known(per: str, *expected: str) -> None:
+    if per not in expected:
+        raise ConstraintError(f"per={per!r}: expected one of {expected}")
 
 
 def _choose(model: nn.Module, where: Callable[[str], bool] | None) -> Terms:
@@ -541,28 +748,39 @@ def norm_shares(coefficients: Tensor, slopes: Tensor, values: Tensor) -> Tensor:
 
 
 def _norm_measure(
-    name: str, slope: Callable[[Terms], Tensor], part: Part, synchronise: Callable[[Terms], None] | None = None
+    name: str,
+    slope: Callable[[Terms], Tensor],
+    part: Share,
+    per: Per = "layer",
+    synchronise: Callable[[Terms], None] | None = None,
 ) -> Measure:
-    """A measure of the form slope * || part of W ||."""
+    """A measure of the form slope * || part of W ||, with slopes (n,); shared, the root mean square of those."""
+
+    def slopes(terms: Terms) -> Tensor:
+        return terms.spread(slope(terms), part, per)
 
     def values(terms: Terms) -> Tensor:
-        return slope(terms) * terms.norms(part)
+        found = slopes(terms) * terms.norms(part, per)
+        return torch.linalg.vector_norm(found, dim=0, keepdim=True) / len(terms) ** 0.5 if per == "model" else found
 
     def pull(terms: Terms, coefficients: Tensor) -> None:
-        shares = norm_shares(coefficients, slope(terms), values(terms))
-        _tensors.add_scaled_(_tensors.gradients(terms.weights()), terms.parts(part), shares)
+        if per == "model":
+            coefficients = coefficients / len(terms)
+        shares = norm_shares(coefficients, slopes(terms), values(terms))
+        terms.add_parts_(_tensors.gradients(terms.weights()), part, per, shares)
 
-    measure = Measure(name, values, pull, part=part, slope=slope, synchronise=synchronise)
-    return measure
+    single = None if per == "model" else slopes
+    return Measure(name, values, pull, part=part, per=per, slope=single, synchronise=synchronise)
 
 
 def _stacked_measure(
     name: str,
     square: Callable[[Tensor, Stack], Tensor],
     part: Part = "whole",
+    per: Per = "layer",
     synchronise: Callable[[Terms], None] | None = None,
 ) -> Measure:
-    """A measure whose square is a smooth function of scale * W / sqrt(rows), computed stack by stack.
+    """A measure whose squares are smooth functions of scale * W / sqrt(rows), computed stack by stack.
 
     It is differentiated by autograd, with the sub-gradient 0 at 0.
     """
@@ -584,4 +802,4 @@ def _stacked_measure(
         slopes = torch.autograd.grad(values, leaves, coefficients.to(values))
         _tensors.add_(_tensors.gradients(terms.weights()), [g for stack in slopes for g in stack.unbind()])
 
-    return Measure(name, lambda terms: evaluate(terms, False)[0], pull, part=part, synchronise=synchronise)
+    return Measure(name, lambda terms: evaluate(terms, False)[0], pull, part=part, per=per, synchronise=synchronise)

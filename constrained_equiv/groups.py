@@ -16,6 +16,7 @@ from torch import Tensor
 from constrained_equiv.errors import RepresentationError
 
 _MAX_ELEMENTS = 10_000
+_SAME = 1e-6  # largest distance of matrices that differ by rounding
 
 
 @dataclass(frozen=True)
@@ -114,6 +115,55 @@ def close_under_products(generators: Tensor, identity: Tensor, *, most: int = _M
             )
         frontier = reached
     return torch.stack(list(found.values()))
+
+
+def require_subgroup(subgroup: Group, group: Group) -> None:
+    """Refuse a group whose matrices do not lie in another, as far as generators can tell.
+
+    Continuous directions have to lie in the span of the group's. Discrete generators have to be elements of a finite
+    group that can be listed, and else to preserve what the group preserves: its bilinear forms and orientation. For
+    O(n) and SO(n) that decides it.
+
+    Args:
+        subgroup: the group that should lie in the other.
+        group: the other, of the same degree.
+
+    Raises:
+        RepresentationError: if a direction or generator lies outside.
+    """
+    if subgroup.degree != group.degree:
+        raise RepresentationError(
+            f"{subgroup} acts by matrices of size {subgroup.degree}: expected a subgroup of {group}, by matrices of "
+            f"size {group.degree}; state it as ce.groups.matrix_group(name, algebra=..., generators=...)"
+        )
+    span = group.algebra.flatten(1).T
+    directions = subgroup.algebra.flatten(1).T
+    outside = torch.linalg.vector_norm(directions - span @ (torch.linalg.pinv(span) @ directions), dim=0)
+    wrong = [f"direction {i} of its algebra" for i, gap in enumerate(outside.tolist()) if gap > _SAME]
+    wrong += [f"its generator {i}" for i, inside in enumerate(_inside(subgroup.generators, group)) if not inside]
+    if wrong:
+        raise RepresentationError(
+            f"{wrong[0]} shows that {subgroup} is no subgroup of {group}: expected matrices of {group}; state them as "
+            "ce.groups.matrix_group(name, algebra=..., generators=...)"
+        )
+
+
+def _inside(elements: Tensor, group: Group) -> list[bool]:
+    """Which elements lie in a group, as far as can be told."""
+    if group.order is not None and group.order <= _MAX_ELEMENTS:
+        distances = torch.linalg.matrix_norm(elements[:, None] - group.elements()[None])
+        return [distance < _SAME for distance in distances.amin(1).tolist()]
+    eye = group.identity
+    # row-major vec(X B Y) = kron(X, Y^T) vec(B): A^T B + B A = 0 along the algebra, g^T B g = B at the generators
+    along = [torch.kron(a.T, eye) + torch.kron(eye, a.T.contiguous()) for a in group.algebra]
+    at = [torch.kron(g.T, g.T.contiguous()) - torch.kron(eye, eye) for g in group.generators]
+    _, sizes, vectors = torch.linalg.svd(torch.cat([*along, *at]))
+    forms = vectors[int((sizes > 1e-9).sum()) :].view(-1, group.degree, group.degree)
+    oriented = bool((torch.linalg.det(group.generators) > 0).all())
+    return [
+        bool(torch.allclose(g.T @ forms @ g, forms, atol=_SAME)) and (not oriented or bool(torch.linalg.det(g) > 0))
+        for g in elements
+    ]
 
 
 def fingerprint(matrices: Tensor) -> int:

@@ -25,12 +25,35 @@ from constrained_equiv.representations import Atom, Block, Representation, every
 _MAX_NULL_SPACE = 4_096
 
 
+@dataclass(frozen=True)
+class MapBlock:
+    """The part of a map that goes from all copies of one kind of features to all copies of another.
+
+    Attributes:
+        name: `inputs -> outputs`, for example `1o -> 0e`.
+        places: ranges on the first two axes of the map that hold it together.
+        equivariant: whether every such map is equivariant, so that the complement has none.
+    """
+
+    name: str
+    places: tuple[tuple[slice, slice], ...]
+    equivariant: bool
+
+
 class Projection(Protocol):
     """What a term needs to know about equivariant maps of its shape; hashable, equal where P is equal."""
 
     @property
     def rank(self) -> int:
         """Dimension of the space of equivariant maps."""
+
+    @property
+    def map_blocks(self) -> tuple[MapBlock, ...]:
+        """The map's blocks between irreps, or whatever atoms or field types were stated; together they are all."""
+
+    @property
+    def generator_names(self) -> tuple[str, ...]:
+        """What `defect` is measured at; empty where it is undefined."""
 
     def complement_(self, maps: Tensor) -> Tensor:
         """Replace maps of shape (..., shape) by maps - P maps, in place, and return them."""
@@ -76,6 +99,33 @@ class Intertwiners:
         return sum(
             len(_local_basis(self.inputs.group, b.atom, a.atom)) * b.multiplicity * a.multiplicity
             for _, b, a in _plan(self.outputs, self.inputs)
+        )
+
+    @cached_property
+    def map_blocks(self) -> tuple[MapBlock, ...]:
+        """One per pair of different atoms, with all their copies."""
+        places: dict[tuple[Atom, Atom], list[tuple[slice, slice]]] = {}
+        for b, rows, a, columns in every_pair(self.outputs, self.inputs):
+            if b.dim and a.dim:
+                places.setdefault((a.atom, b.atom), []).append((rows, columns))
+        return tuple(
+            MapBlock(f"{a.name} -> {b.name}", tuple(found), len(_local_basis(self.inputs.group, b, a)) == b.dim * a.dim)
+            for (a, b), found in places.items()
+        )
+
+    @cached_property
+    def generator_names(self) -> tuple[str, ...]:
+        """In the order of `defect`."""
+        group = self.inputs.group
+        return (
+            *(f"algebra {i}" for i in range(len(group.algebra))),
+            *(f"generator {i}" for i in range(len(group.generators))),
+        )
+
+    def restricted(self, subgroup: Group) -> "Intertwiners":
+        """Return the maps that commute with a subgroup, of which these are some; see `ce.representations.restrict`."""
+        return Intertwiners(
+            representations.restrict(self.inputs, subgroup), representations.restrict(self.outputs, subgroup)
         )
 
     def project(self, maps: Tensor) -> Tensor:

@@ -16,8 +16,8 @@ the grid does not carry the group, P is onto the span of sampled kernels, by an 
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
-from itertools import accumulate
+from functools import cached_property, lru_cache
+from itertools import accumulate, groupby
 from math import prod
 from typing import Any, NamedTuple, TypeAlias
 
@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from constrained_equiv.errors import ConstraintError, RepresentationError
+from constrained_equiv.intertwiners import MapBlock
 
 Field: TypeAlias = tuple[str, int]
 """Name and dimension of a field type."""
@@ -178,6 +179,32 @@ class Kernels:
         """Dimension of the space of equivariant kernels."""
         return sum(local.rank * self.outputs.count(b) * self.inputs.count(a) for b, a, local in self.local)
 
+    @cached_property
+    def map_blocks(self) -> tuple[MapBlock, ...]:
+        """One per pair of different field types, with all their copies."""
+        full = {(a, b) for b, a, local in self.local if local.rank == prod(local.dims)}
+        return tuple(
+            MapBlock(
+                f"{a[0]} -> {b[0]}",
+                tuple(
+                    (columns, rows) if self.transposed else (rows, columns)
+                    for rows in _ranges(self.outputs, b)
+                    for columns in _ranges(self.inputs, a)
+                ),
+                (a, b) in full,
+            )
+            for b in dict.fromkeys(self.outputs)
+            for a in dict.fromkeys(self.inputs)
+        )
+
+    @cached_property
+    def generator_names(self) -> tuple[str, ...]:
+        """In the order of `defect`; empty where that is undefined."""
+        found = [local.generators for _, _, local in self.local]
+        if not found or any(generators is None for generators in found):
+            return ()
+        return tuple(f"generator {i}" for i in range(len(found[0] or ())))
+
     def complement_(self, maps: Tensor) -> Tensor:
         """Replace kernels (..., shape) by kernels - P kernels in place, and return them."""
         if not maps.is_contiguous():  # as after model.to(memory_format=torch.channels_last)
@@ -248,6 +275,17 @@ def _places(outputs: tuple[Field, ...], b: Field, inputs: tuple[Field, ...], a: 
 def _channels_of(fields: tuple[Field, ...], one: Field) -> list[int]:
     ends = list(accumulate(dim for _, dim in fields))
     return [channel for f, end in zip(fields, ends, strict=True) if f == one for channel in range(end - one[1], end)]
+
+
+def _ranges(fields: tuple[Field, ...], one: Field) -> list[slice]:
+    """Where the channels of one field type are, neighbours together."""
+    found, start = [], 0
+    for kind, copies in groupby(fields):
+        stop = start + kind[1] * len(list(copies))
+        if kind == one:
+            found.append(slice(start, stop))
+        start = stop
+    return found
 
 
 def _copies(block: Tensor, b: Field, a: Field) -> Tensor:

@@ -479,6 +479,34 @@ def lift(representation: Representation, group: Group, index: int) -> Representa
     return Representation(group, tuple(replace(b, atom=through(b.atom)) for b in representation.blocks))
 
 
+def restrict(representation: Representation, subgroup: Group) -> Representation:
+    """Let a subgroup act alone: the same matrices, of fewer elements, so that more maps commute with them.
+
+    Args:
+        representation: of a group.
+        subgroup: of that group, as matrices of the same degree, for example `ce.groups.SO3()` of O(3).
+
+    Raises:
+        RepresentationError: if it is no subgroup, as far as its generators tell.
+
+    Example:
+        >>> str(restrict(irreps("2x1o"), groups.SO3()))
+        '2x1o of O(3)'
+    """
+    group = representation.group
+    if subgroup == group:
+        return representation
+    groups.require_subgroup(subgroup, group)
+
+    def part(atom: Atom) -> Atom:
+        # irreps may fall apart, and different ones become equal
+        kind: Literal["permutation", "matrix"] = "permutation" if atom.kind == "permutation" else "matrix"
+        unique = hash((atom.fingerprint, group.fingerprint))
+        return replace(atom, name=f"{atom.name} of {group}", kind=kind, fingerprint=unique)
+
+    return Representation(subgroup, tuple(replace(b, atom=part(b.atom)) for b in representation.blocks))
+
+
 def as_representation(value: object, *, group: Group) -> Representation:
     """Read a representation, an irreps string or an `e3nn.o3.Irreps` as a representation of `group`.
 
