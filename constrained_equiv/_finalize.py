@@ -22,6 +22,7 @@ from constrained_equiv._relax import Relaxation, relaxations, remove
 from constrained_equiv._symmetry import Symmetry
 from constrained_equiv._verify import equivariance_error
 from constrained_equiv.errors import ConstrainedEquivError, RelaxationError, ViolationError
+from constrained_equiv.groups import Group
 from constrained_equiv.schedules import final_value
 
 
@@ -39,6 +40,9 @@ class LayerReport:
         removed: Frobenius norm of what was dropped: all of the term, or with `fold` its non-equivariant part.
         output_change: relative change of the layer's output on the first batch; None without batches.
         kept: whether the term is still there (`on_violation="keep"`).
+        blocks: of a kept term, the blocks between irreps in which the data broke the symmetry: name and norm over
+            sqrt(out features), those above `atol`, the largest first.
+        generators: of a kept term, likewise the generators that it does not commute with, with its Lie measure at each.
     """
 
     name: str
@@ -50,6 +54,8 @@ class LayerReport:
     removed: float
     output_change: float | None
     kept: bool
+    blocks: tuple[tuple[str, float], ...] = ()
+    generators: tuple[tuple[str, float], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -96,6 +102,7 @@ class Report:
             f"output of the model changed by {_optional(self.output_change)} (relative)",
             f"equivariance error {_optional(self.error_before)} before, {_optional(self.error_after)} after (relative)",
             f"normalisation layers recalibrated: {self.recalibrated}",
+            *(f"symmetry broken in {layer.name or '(model)'}: {_listed(layer)}" for layer in self.layers if layer.kept),
             *self.notes,
         ]
         return "\n".join(line.rstrip() for line in lines)
@@ -125,7 +132,8 @@ def finalize(
             product can hold it only where its second input has a scalar that is constant, which is read from `batches`.
         atol: how far above its level a term may be, in the measure's unit.
         on_violation: `raise` (default) changes nothing and raises; `drop` removes the terms all the same; `keep` leaves
-            the terms above their level in place, so that the report names where the data broke the symmetry.
+            the terms above their level in place, so that the report names the layers, irrep blocks and generators in
+            which the data broke the symmetry.
 
     Returns:
         The report.
@@ -145,7 +153,8 @@ def finalize(
     above = [r for r in found if checks[id(r.term)].excess > 0]
     if above and on_violation == "raise":
         worst = sorted(above, key=lambda r: -checks[id(r.term)].excess)[:5]
-        lines = [f"  {r.name}: {checks[id(r.term)].value:.3g} > {checks[id(r.term)].allowed:.3g}" for r in worst]
+        least_met = (checks[id(r.term)] for r in worst)
+        lines = [f"  {c.name}: {c.value:.3g} > {c.allowed:.3g} ({c.measure})" for c in dict.fromkeys(least_met)]
         raise ViolationError(
             f"{len(above)} of {len(found)} terms are above their level; nothing was removed:\n"
             + "\n".join(lines)
@@ -197,6 +206,7 @@ def finalize(
             removed.get(id(r.term), 0.0),
             changes.get(id(r.layer)),
             r in kept,
+            *(_broken(r, atol) if r in kept else ()),
         )
         for r in found
     )
@@ -212,6 +222,7 @@ def finalize(
 
 @dataclass(frozen=True)
 class _Check:
+    name: str
     value: float
     allowed: float
     measure: str
@@ -232,16 +243,31 @@ def _checks(
     covered = set()
     for record in stated:
         level = final_value(record.level, step)
-        for term, value in zip(record.terms.modules, record.measure.values(record.terms).tolist(), strict=True):
-            covered.add(id(term))
+        for entry, value in zip(record.entries, record.measure.values(record.terms).tolist(), strict=True):
             gap = abs(value - level) + level if record.type == "equality" else value
-            yield term, _Check(gap, level + atol, record.measure.name)
+            check = _Check(entry.name, gap, level + atol, record.measure.name)
+            for position in entry.terms:
+                term = record.terms.modules[position]
+                if not isinstance(record.measure.part, Group):  # a term that keeps a subgroup may break the group
+                    covered.add(id(term))
+                yield term, check
     bare = [r for r in found if id(r.term) not in covered]
     if bare:
         terms = constraints.Terms.of([(r.name, r.term) for r in bare])
         measure = constraints.weight_measure("non_equivariant" if fold else "whole")
-        for term, value in zip(terms.modules, measure.values(terms).tolist(), strict=True):
-            yield term, _Check(value, atol, measure.name)
+        for term, name, value in zip(terms.modules, terms.names, measure.values(terms).tolist(), strict=True):
+            yield term, _Check(name, value, atol, measure.name)
+
+
+@torch.no_grad()
+def _broken(relaxation: Relaxation, atol: float) -> Iterator[tuple[tuple[str, float], ...]]:
+    """Where a term breaks the symmetry: its blocks, then the generators, each with the measure there."""
+    terms = constraints.Terms.of([("", relaxation.term)])
+    for measure in (constraints.weight_measure("non_equivariant", "block"), constraints.lie_measure("generator")):
+        entries = terms.entries(measure.part, measure.per)
+        values = measure.values(terms).tolist() if entries else []
+        named = [(entry.name.strip("[]"), value) for entry, value in zip(entries, values, strict=True)]
+        yield tuple(sorted((pair for pair in named if pair[1] > atol), key=lambda pair: -pair[1]))
 
 
 @torch.no_grad()
@@ -404,6 +430,12 @@ def _recalibrate(
     finally:
         for layer, momentum in zip(layers, momenta, strict=True):
             layer.momentum = momentum
+
+
+def _listed(layer: LayerReport) -> str:
+    """The largest blocks and generators, in words."""
+    parts = [f"{name} {value:.3g}" for found in (layer.blocks, layer.generators) for name, value in found[:5]]
+    return ", ".join(parts) or "nowhere above atol"
 
 
 def _optional(value: float | None) -> str:

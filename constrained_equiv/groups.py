@@ -153,11 +153,9 @@ def _inside(elements: Tensor, group: Group) -> list[bool]:
     if group.order is not None and group.order <= _MAX_ELEMENTS:
         distances = torch.linalg.matrix_norm(elements[:, None] - group.elements()[None])
         return [distance < _SAME for distance in distances.amin(1).tolist()]
-    eye = group.identity
-    # row-major vec(X B Y) = kron(X, Y^T) vec(B): A^T B + B A = 0 along the algebra, g^T B g = B at the generators
-    along = [torch.kron(a.T, eye) + torch.kron(eye, a.T.contiguous()) for a in group.algebra]
-    at = [torch.kron(g.T, g.T.contiguous()) - torch.kron(eye, eye) for g in group.generators]
-    _, sizes, vectors = torch.linalg.svd(torch.cat([*along, *at]))
+    basis = torch.eye(group.degree**2, dtype=torch.float64).view(-1, group.degree, group.degree)
+    changes = [a.T @ basis + basis @ a for a in group.algebra] + [g.T @ basis @ g - basis for g in group.generators]
+    _, sizes, vectors = torch.linalg.svd(torch.cat([change.flatten(1) for change in changes], 1).T)
     forms = vectors[int((sizes > 1e-9).sum()) :].view(-1, group.degree, group.degree)
     oriented = bool((torch.linalg.det(group.generators) > 0).all())
     return [

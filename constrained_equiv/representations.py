@@ -490,8 +490,8 @@ def restrict(representation: Representation, subgroup: Group) -> Representation:
         RepresentationError: if it is no subgroup, as far as its generators tell.
 
     Example:
-        >>> str(restrict(irreps("2x1o"), groups.SO3()))
-        '2x1o of O(3)'
+        >>> str(restrict(irreps("2x1o + 1x1e"), groups.SO3()))
+        '2x1 + 1x1'
     """
     group = representation.group
     if subgroup == group:
@@ -499,7 +499,9 @@ def restrict(representation: Representation, subgroup: Group) -> Representation:
     groups.require_subgroup(subgroup, group)
 
     def part(atom: Atom) -> Atom:
-        # irreps may fall apart, and different ones become equal
+        if (group.name, subgroup.name) == ("O(3)", "SO(3)") and _IRREP.match(atom.name):
+            return _rotation_atom(atom.dim // 2, 0)  # parity is all that is lost
+        # other irreps may fall apart, and different ones become equal
         kind: Literal["permutation", "matrix"] = "permutation" if atom.kind == "permutation" else "matrix"
         unique = hash((atom.fingerprint, group.fingerprint))
         return replace(atom, name=f"{atom.name} of {group}", kind=kind, fingerprint=unique)

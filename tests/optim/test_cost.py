@@ -5,11 +5,11 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import constrained_equiv as ce
-from tests.optim.toys import points
+from tests.optim.toys import irreps, points
 
 READS = {
     "aten::_local_scalar_dense",
@@ -46,6 +46,12 @@ RECORDS = {
     "relative": lambda m: [ce.constraints.relative(m, level=0.1)],
     "activation": lambda m: [ce.constraints.activation(m, level=0.1)],
     "lie": lambda m: [ce.constraints.lie(m, level=0.1)],
+    "blocks": lambda m: [ce.constraints.weight(m, level=0.1, per="block")],
+    "blocks at zero": lambda m: [ce.constraints.weight(m, level=0.0, per="block")],
+    "shared": lambda m: [ce.constraints.weight(m, level=0.1, per="model")],
+    "generators": lambda m: [ce.constraints.lie(m, level=0.1, per="generator")],
+    "subgroup": lambda m: [ce.constraints.subgroup(m, ce.groups.SO3(), level=0.1)],
+    "subgroup at zero": lambda m: [ce.constraints.subgroup(m, ce.groups.SO3(), level=0.0)],
     "two records": lambda m: [ce.constraints.weight(m, level=0.1), ce.constraints.relative(m, level=0.1)],
     "penalty": lambda m: [ce.constraints.penalty(ce.constraints.lie(m, level=0.0), coefficient=0.1)],
     "linear slack": lambda m: [ce.constraints.resilient(ce.constraints.weight(m, level=0.0), price=0.1)],
@@ -62,7 +68,12 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "projection": {"enforce": "projection"},
     "proximal": {"enforce": "proximal"},
 }
-CASES = [(record, "default") for record in RECORDS] + [("weight", option) for option in OPTIONS]
+CASES = [
+    *((record, "default") for record in RECORDS),
+    *(("weight", option) for option in OPTIONS),
+    *((record, option) for record in ("blocks", "shared", "generators", "subgroup") for option in ("projection",)),
+    *((record, "proximal") for record in ("blocks", "subgroup")),
+]
 
 
 class Idle(torch.optim.SGD):
@@ -73,13 +84,19 @@ class Idle(torch.optim.SGD):
 
 
 def stepper(record: str, option: str, count: int, base: Any = Idle) -> ce.ConstrainedOptimizer:
-    model = points(count, complement=record != "free")
+    model, x = model_of(record, count)
     optimizer = ce.ConstrainedOptimizer(base(model.parameters(), lr=0.1), *RECORDS[record](model), **OPTIONS[option])
     model.train()
-    x = torch.randn(4, 3, 2, dtype=torch.float64)
     for layer in model:
         layer(x).square().sum().backward()
     return optimizer
+
+
+def model_of(record: str, count: int) -> tuple[nn.Module, Tensor]:
+    """Layers and their input; irreps where the record tells blocks or subgroups apart."""
+    if record.startswith(("block", "subgroup")):
+        return irreps(count), torch.randn(4, 9, dtype=torch.float64)
+    return points(count, complement=record != "free"), torch.randn(4, 3, 2, dtype=torch.float64)
 
 
 @pytest.mark.parametrize(("record", "option"), CASES)
@@ -131,10 +148,9 @@ def test_the_number_of_operations_grows_with_distinct_shapes(shapes: int) -> Non
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize(("record", "option"), CASES)
 def test_no_synchronisation_on_a_gpu(record: str, option: str) -> None:
-    model = points(3, complement=record != "free").to("cuda", torch.float32)
+    model, x = (part.to("cuda", torch.float32) for part in model_of(record, 3))
     base = torch.optim.Adam(model.parameters(), lr=0.1)
     optimizer = ce.ConstrainedOptimizer(base, *RECORDS[record](model), **OPTIONS[option])
-    x = torch.randn(4, 3, 2, device="cuda")
     for _ in range(3):
         for layer in model:
             layer(x).square().sum().backward()

@@ -18,6 +18,7 @@ CASES = [
     ("ddp", "activation", 2),
     ("fsdp", "weight", 2),
     ("fsdp", "two", 2),
+    ("fsdp", "parts", 2),
     ("fsdp", "weight", 4),
 ]
 

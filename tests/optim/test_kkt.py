@@ -5,10 +5,10 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import constrained_equiv as ce
-from tests.optim.toys import layers, minimise, multipliers
+from tests.optim.toys import irreps, layers, minimise, multipliers
 
 SGD = {"lr": 0.1}
 
@@ -121,6 +121,88 @@ def test_equality_of_a_norm_holds_from_both_sides(size: float) -> None:
     minimise(optimizer, pulled_to(terms, [target]), 800)
     assert torch.allclose(terms[0].weight, target / size, atol=1e-6)
     assert torch.allclose(multipliers(optimizer), torch.tensor([2.0 * (size - 1.0)]).double(), atol=1e-6)
+
+
+ENFORCED = {"multipliers": {}, "projection": {"enforce": "projection"}, "proximal": {"enforce": "proximal"}}
+
+
+@pytest.mark.parametrize("options", ENFORCED.values(), ids=ENFORCED.keys())
+def test_a_quadratic_over_blocks_has_one_active_and_one_inactive(options: dict[str, Any]) -> None:
+    """Two blocks of one term: each is A min(1, radius / || A ||) with lambda = sqrt(rows) (|| A || - radius)_+."""
+    model = nn.Linear(4, 5, dtype=torch.float64)
+    ce.relax(model, where=lambda name, m: True, adapter=ce.adapters.linear("1x0e + 1x1o", "2x0o + 1x1e"))
+    term = model.non_equivariant
+    record = ce.constraints.weight(model, level=0.5, per="block")  # radius 0.5 sqrt(5)
+    assert len(record.entries) == 4
+    target = torch.randn(5, 4, dtype=torch.float64)
+    sizes = [3.0, 0.5, 2.0, 1.0]
+    places = [(rows, columns) for rows in (slice(0, 2), slice(2, 5)) for columns in (slice(0, 1), slice(1, 4))]
+    for place, size in zip(places, sizes, strict=True):
+        target[place] *= size / target[place].norm()
+    optimizer = ce.ConstrainedOptimizer(torch.optim.SGD(model.parameters(), **SGD), record, **options)
+    minimise(optimizer, pulled_to([term], [target]), 800)
+    radius = 0.5 * math.sqrt(5)
+    for place, size in zip(places, sizes, strict=True):
+        assert torch.allclose(term.weight[place], target[place] * min(1.0, radius / size), atol=1e-6)
+    if options.get("enforce") != "projection":
+        expected = torch.tensor([math.sqrt(5) * max(size - radius, 0.0) for size in sizes]).double()
+        assert torch.allclose(multipliers(optimizer), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("enforce", ["multipliers", "projection"])
+def test_a_shared_ball_shrinks_all_layers_alike(enforce: Any) -> None:
+    """N layers of equal size in one ball of radius level sqrt(N rows): W = A radius / || A || over all of them."""
+    model, terms = layers((4, 3), (4, 3), (4, 3))
+    targets = [torch.randn(4, 3, dtype=torch.float64) for _ in terms]
+    size, radius = float(torch.cat(targets).norm()), 0.2 * math.sqrt(3 * 4)
+    constraint = ce.constraints.weight(model, level=0.2, per="model")
+    base = torch.optim.SGD(model.parameters(), **SGD)
+    optimizer = ce.ConstrainedOptimizer(base, constraint, enforce=enforce)
+    minimise(optimizer, pulled_to(terms, targets), 2_000)
+    for term, target in zip(terms, targets, strict=True):
+        assert torch.allclose(term.weight, target * radius / size, atol=1e-6)
+    if enforce == "multipliers":
+        assert float(multipliers(optimizer)) == pytest.approx(math.sqrt(12) * (size - radius), abs=1e-4)
+
+
+def test_layers_of_different_size_share_an_ellipsoid() -> None:
+    """W_i = A_i / (1 + lambda / (N rows_i level)), with lambda such that the shared value is the level."""
+    model, terms = layers((4, 3), (9, 2))
+    targets = [torch.randn(term.weight.shape, dtype=torch.float64) for term in terms]
+    optimizer = ce.ConstrainedOptimizer(
+        torch.optim.SGD(model.parameters(), **SGD), ce.constraints.weight(model, level=0.2, per="model")
+    )
+    minimise(optimizer, pulled_to(terms, targets), 4_000)
+    (multiplier,) = multipliers(optimizer).tolist()
+    assert float(optimizer.readings().values) == pytest.approx(0.2, abs=1e-6) and multiplier > 1
+    for term, target in zip(terms, targets, strict=True):
+        assert torch.allclose(term.weight, target / (1 + multiplier / (2 * term.rows * 0.2)), atol=1e-5)
+
+
+@pytest.mark.parametrize("options", ENFORCED.values(), ids=ENFORCED.keys())
+def test_what_breaks_a_subgroup_is_held_and_the_rest_is_free(options: dict[str, Any]) -> None:
+    """W = P_H A + (A - P_H A) min(1, radius / || A - P_H A ||), in the complement."""
+    model = irreps(1)
+    term = model[0].non_equivariant
+    target = term.projection.complement(torch.randn(11, 9, dtype=torch.float64))
+    broken = term.projection.restricted(ce.groups.SO3()).complement(target)
+    constraint = ce.constraints.subgroup(model, ce.groups.SO3(), level=0.5)
+    optimizer = ce.ConstrainedOptimizer(torch.optim.SGD(model.parameters(), **SGD), constraint, **options)
+    minimise(optimizer, pulled_to([term], [target]), 1_000)
+    radius, size = 0.5 * math.sqrt(11), float(broken.norm())
+    assert torch.allclose(term.weight, target - broken * (1 - radius / size), atol=1e-6)
+    if options.get("enforce") != "projection":
+        assert float(multipliers(optimizer)) == pytest.approx(math.sqrt(11) * (size - radius), abs=1e-4)
+
+
+def test_generators_are_held_one_by_one() -> None:
+    """Scalars to pseudoscalars: only the inversion is broken, by 2 W; the rotations have no multiplier."""
+    model, terms = layers((1, 1))
+    constraint = ce.constraints.lie(model, level=0.5, per="generator")
+    optimizer = ce.ConstrainedOptimizer(torch.optim.SGD(model.parameters(), **SGD), constraint)
+    minimise(optimizer, pulled_to(terms, [torch.ones(1, 1).double()]), 800)
+    assert float(terms[0].weight.detach()) == pytest.approx(0.25, abs=1e-6)
+    assert torch.allclose(multipliers(optimizer), torch.tensor([0.0, 0.0, 0.0, 0.375]).double(), atol=1e-6)
 
 
 # --- ridge and resilience ---

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 import constrained_equiv as ce
 from constrained_equiv import _tensors
-from tests.optim.toys import points
+from tests.optim.toys import irreps, points
 
 COEFFICIENT = 0.3
 MEASURES: dict[str, Any] = {
@@ -18,18 +18,30 @@ MEASURES: dict[str, Any] = {
     "relative": ce.constraints.relative,
     "activation": ce.constraints.activation,
     "lie": ce.constraints.lie,
+    "weight, blocks": lambda m, level: ce.constraints.weight(m, level=level, per="block"),
+    "weight, blocks of the non-equivariant part": lambda m, level: ce.constraints.weight(
+        m, level=level, per="block", part="non_equivariant"
+    ),
+    "relative, blocks": lambda m, level: ce.constraints.relative(m, level=level, per="block"),
+    "weight, shared": lambda m, level: ce.constraints.weight(m, level=level, per="model"),
+    "relative, shared": lambda m, level: ce.constraints.relative(m, level=level, per="model"),
+    "lie, generators": lambda m, level: ce.constraints.lie(m, level=level, per="generator"),
+    "subgroup": lambda m, level: ce.constraints.subgroup(
+        m, ce.groups.SO3(), level=level, where=lambda name: name in ("4", "5")
+    ),
     "custom": lambda m, level: ce.constraints.custom(m, lambda term: term.weight.abs().sum(), name="l1", level=level),
 }
 
 
 def network(complement: bool) -> nn.Module:
-    """Two stacks of two layers."""
-    return nn.ModuleList([*points(2, complement=complement), *points(2, complement=complement, size=4)])
+    """Three stacks of two layers."""
+    sets = [*points(2, complement=complement), *points(2, complement=complement, size=4)]
+    return nn.ModuleList([*sets, *irreps(2, complement=complement)])
 
 
 def forward(model: nn.Module) -> None:
     for i, layer in enumerate(model):
-        layer(torch.randn(16, 3 if i < 2 else 4, 2, dtype=torch.float64))
+        layer(torch.randn(16, *[(3, 2), (4, 2), (9,)][i // 2], dtype=torch.float64))
 
 
 def numeric(record: Any, index: int) -> Tensor:

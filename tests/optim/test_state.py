@@ -27,6 +27,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "proximal": {"enforce": "proximal"},
 }
 FALLING = ce.schedules.linear(0.2, 0.0, 12)
+TURNS = ce.groups.matrix_group("turns", generators=torch.eye(3)[[1, 2, 0]][None])
 
 
 def restored(path: Path, **options: Any) -> tuple[Net, ce.ConstrainedOptimizer]:
@@ -57,7 +58,9 @@ def test_resumed_equals_uninterrupted(option: str, steps: int, tmp_path: Path) -
         assert torch.equal(one, two)
 
 
-@pytest.mark.parametrize("record", ["resilient", "scale", "penalty", "gate"])
+@pytest.mark.parametrize(
+    "record", ["resilient", "scale", "penalty", "gate", "blocks", "shared", "generators", "subgroup"]
+)
 def test_every_record_resumes(record: str, tmp_path: Path) -> None:
     def build() -> tuple[Any, Any]:
         model = Net()
@@ -67,6 +70,10 @@ def test_every_record_resumes(record: str, tmp_path: Path) -> None:
             "scale": [ce.constraints.scale(model, schedule=ce.schedules.triangle(12))],
             "penalty": [ce.constraints.penalty(weight, coefficient=ce.schedules.linear(0.0, 1.0, 9))],
             "gate": [ce.constraints.weight(model, level=FALLING)],
+            "blocks": [ce.constraints.weight(model, level=FALLING, per="block")],
+            "shared": [ce.constraints.weight(model, level=FALLING, per="model")],
+            "generators": [ce.constraints.lie(model, level=FALLING, per="generator")],
+            "subgroup": [ce.constraints.subgroup(model, TURNS, level=FALLING)],
         }
         return model, ce.ConstrainedOptimizer(torch.optim.Adam(model.parameters(), lr=0.02), *records[record])
 

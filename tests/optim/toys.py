@@ -32,6 +32,18 @@ def points(count: int, *, complement: bool = True, size: int = 3, channels: int 
     )
 
 
+SCATTERED = "2x0e + 1x1o + 1x1e + 1x0e", "1x1o + 2x0e + 2x1o"  # irreps whose copies do not lie side by side
+
+
+def irreps(count: int, *, complement: bool = True) -> nn.Module:
+    """Layers from 9 to 11 numbers that carry irreps of O(3), with six blocks each."""
+    model = nn.ModuleList(nn.Linear(9, 11, bias=False, dtype=torch.float64) for _ in range(count))
+    adapter = ce.adapters.linear(*SCATTERED)
+    return ce.relax(
+        model, where=lambda name, m: isinstance(m, nn.Linear), adapter=adapter, complement=complement, init=0.1
+    )
+
+
 def minimise(optimizer: torch.optim.Optimizer, loss: Loss, steps: int, *, decay: bool = False) -> None:
     """Take steps; with `decay`, the learning rate falls to 0 along a cosine."""
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps) if decay else None

@@ -39,6 +39,14 @@ def records(model: nn.Module, measure: str) -> list[Any]:
             ce.constraints.weight(model, level=LEVEL),
             ce.constraints.lie(model, level=0.2, where=lambda n: "0" in n),
         ]
+    if measure == "parts":
+        turns = ce.groups.matrix_group("turns", generators=torch.eye(3)[[1, 2, 0]][None])
+        return [
+            ce.constraints.weight(model, level=LEVEL, per="block"),
+            ce.constraints.weight(model, level=0.1, per="model"),
+            ce.constraints.lie(model, level=0.2, per="generator"),
+            ce.constraints.subgroup(model, turns, level=ce.schedules.linear(0.2, 0.0, 6)),
+        ]
     return [getattr(ce.constraints, measure)(model, level=LEVEL)]
 
 
