@@ -273,6 +273,29 @@ BAD: dict[str, tuple[Callable[[Scene], Any], type[Exception], tuple[str, ...]]] 
         C,
         ("part='half'", "expected 'whole' or 'non_equivariant'"),
     ),
+    **{
+        f"an unknown per= of {measure}": (
+            lambda s, measure=measure: getattr(ce.constraints, measure)(s.relaxed, level=0.1, per="network"),
+            C,
+            ("per='network'", "expected one of ('layer', "),
+        )
+        for measure in ("weight", "relative", "lie")
+    },
+    "a subgroup of another group": (
+        lambda s: ce.constraints.subgroup(s.relaxed, ce.groups.SO3(), level=0.1),
+        errors.RepresentationError,
+        ("SO(3)", "size 3", "expected a subgroup of S_4", "matrix_group("),
+    ),
+    "a proximal step of a shared constraint": (
+        lambda s: constrained(s, weight(per="model"), enforce="proximal"),
+        C,
+        ("enforce='proximal' with measure 'weight'", "expected a norm", "not shared by layers"),
+    ),
+    "blocks constrained twice": (
+        lambda s: constrained(s, weight(per="block"), weight(per="block")),
+        C,
+        ("'0[points -> points] (weight)' is constrained twice", "where="),
+    ),
     "a gate that is not there": (
         lambda s: ce.constraints.gate(s.relaxed),
         C,

@@ -299,6 +299,91 @@ def test_keep_leaves_the_terms_above_their_level():
     assert not kept.weight.any()
 
 
+def irreps_network():
+    """Two layers on 1x0e + 1x1o, to 1x0e + 1x1e, in the complement."""
+    model = nn.Sequential(nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False)).double()
+    adapter = ce.adapters.linear("1x0e + 1x1o", "1x0e + 1x1e")
+    return ce.relax(model, where=lambda name, layer: isinstance(layer, nn.Linear), adapter=adapter)
+
+
+def held(model, *constraints):
+    return ce.ConstrainedOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), *constraints)
+
+
+def test_keep_names_the_blocks_and_generators_in_which_the_symmetry_broke():
+    """Vectors to pseudovectors along the diagonal: rotations are kept, the inversion is not."""
+    model = irreps_network()
+    with torch.no_grad():
+        model[1].non_equivariant.weight[1:, 1:] = 0.5 * torch.eye(3).double()
+    report = ce.finalize(model, on_violation="keep")
+    gone, stays = report.layers
+    assert (gone.blocks, gone.generators) == ((), ())
+    value = math.sqrt(3 / 4) / 2
+    assert stays.blocks == (("1o -> 1e", pytest.approx(value)),)
+    assert stays.generators == (("generator 0", pytest.approx(2 * value)),)
+    assert f"symmetry broken in 1: 1o -> 1e {value:.3g}, generator 0 {2 * value:.3g}" in str(report).splitlines()
+
+
+def test_the_largest_comes_first_and_what_is_below_atol_is_left_out():
+    model = irreps_network()
+    with torch.no_grad():
+        weight = model[0].non_equivariant.weight
+        weight[0, 1:], weight[1:, 0], weight[1:, 1:] = 0.1, 0.5, 1e-4
+    stays, _ = ce.finalize(model, on_violation="keep", atol=1e-2).layers
+    assert [name for name, _ in stays.blocks] == ["0e -> 1e", "1o -> 0e"]
+    assert [name for name, _ in stays.generators] == ["algebra 0", "algebra 1", "algebra 2", "generator 0"]
+    assert [value for _, value in stays.generators] == sorted((v for _, v in stays.generators), reverse=True)
+
+
+def test_the_worst_block_of_a_term_decides_and_is_named():
+    model = irreps_network()
+    with torch.no_grad():
+        model[0].non_equivariant.weight[1:, 0] = 0.5
+        model[0].non_equivariant.weight[0, 1:] = 0.1
+    optimizer = held(model, ce.constraints.weight(model, level=0.2, per="block"))
+    with pytest.raises(ce.errors.ViolationError, match=r"1 of 2 terms .*\n  0\[0e -> 1e\]: 0\.433 > 0\.201 \(weight\)"):
+        ce.finalize(model, optimizer=optimizer)
+    assert len(ce.relaxations(model)) == 2
+
+
+def test_layers_that_share_a_constraint_pass_or_fail_together():
+    model = irreps_network()
+    with torch.no_grad():
+        model[0].non_equivariant.weight[1:, 0] = 0.5
+    value = math.sqrt(0.75 / 4 / 2)
+
+    def finish(level):
+        copied = copy.deepcopy(model)
+        return ce.finalize(copied, optimizer=held(copied, ce.constraints.weight(copied, level=level, per="model")))
+
+    assert all(layer.value == pytest.approx(value) for layer in finish(value + 1e-6).layers)
+    with pytest.raises(ce.errors.ViolationError, match=r"2 of 2 terms.*\n  0 \+ 1: 0\.306 > 0\.305 \(weight\)\ntrain"):
+        finish(value - 2e-3)
+
+
+@pytest.mark.parametrize("bounded", [True, False])
+def test_a_term_that_keeps_a_subgroup_is_not_equivariant(bounded):
+    """It passes its own constraint, and is checked by the others, or by its norm where there are none."""
+    model = irreps_network()
+    with torch.no_grad():
+        model[0].non_equivariant.weight[1:, 1:] = 0.5 * torch.eye(3).double()
+    records = [ce.constraints.subgroup(model, groups.SO3(), level=0.0)]
+    if bounded:
+        records.append(ce.constraints.weight(model, level=0.5))
+        report = ce.finalize(model, optimizer=held(model, *records))
+        assert report.layers[0].removed == pytest.approx(0.5 * math.sqrt(3))  # below the level that was allowed
+        return
+    optimizer = held(model, *records)
+    with pytest.raises(ce.errors.ViolationError, match=r"1 of 2 terms .*\n  0: 0\.433 > 0\.001 \(weight\)"):
+        ce.finalize(model, optimizer=optimizer)
+    (stays, _) = ce.finalize(model, optimizer=optimizer, on_violation="keep").layers
+    assert stays.kept and [name for name, _ in stays.generators] == ["generator 0"]
+    x, turned = torch.randn(5, 4).double(), ce.representations.irreps("1x0e + 1x1o")
+    g, back = groups.SO3().sample(1)[0], ce.representations.irreps("1x0e + 1x1e")
+    term = model[0].non_equivariant.matrix().detach()
+    assert torch.allclose(turned.act(g, x) @ term.T, back.act(g, x @ term.T), atol=1e-12)
+
+
 # --- the report -------------------------------------------------------------------------------------------------------
 
 

@@ -295,3 +295,46 @@ def test_bad_input_is_named(case):
     make, message = BAD[case]
     with pytest.raises(RepresentationError, match=message):
         make()
+
+
+# --- subgroups --------------------------------------------------------------------------------------------------------
+
+INSIDE = [
+    (groups.SO3(), groups.O3()),
+    (groups.SO2(), groups.O2()),
+    (groups.cyclic(3), groups.cyclic(6)),
+    (groups.cyclic(4), groups.SO2()),
+    (groups.dihedral(3), groups.O2()),
+    (groups.cyclic(1), groups.dihedral(2)),
+    (groups.SO13(), groups.O13()),
+    (groups.symmetric(4), groups.symmetric(4)),
+    (
+        groups.matrix_group("turn of ten", generators=torch.eye(10).roll(1, 0)[None]),
+        groups.symmetric(10),
+    ),
+]
+OUTSIDE = [
+    (groups.O3(), groups.SO3(), "generator 0"),
+    (groups.dihedral(2), groups.SO2(), "generator 1"),
+    (groups.cyclic(4), groups.cyclic(6), "generator 0"),
+    (groups.SO2(), groups.dihedral(4), "direction 0"),
+    (groups.SO3(), groups.symmetric(3), "direction 0"),
+    (groups.O13(), groups.SO13(), "generator 0"),
+    (groups.SO2(), groups.O3(), "matrices of size 2"),
+    (
+        groups.matrix_group("scale", generators=torch.diag(torch.tensor([2.0, 0.5]))[None, [1, 0]]),
+        groups.O2(),
+        "generator 0",
+    ),
+]
+
+
+@pytest.mark.parametrize(("part", "whole"), INSIDE, ids=str)
+def test_subgroups_are_found_inside(part, whole):
+    groups.require_subgroup(part, whole)
+
+
+@pytest.mark.parametrize(("part", "whole", "message"), OUTSIDE, ids=str)
+def test_what_lies_outside_is_named(part, whole, message):
+    with pytest.raises(RepresentationError, match=message):
+        groups.require_subgroup(part, whole)

@@ -216,3 +216,40 @@ def test_errors_say_what_was_expected():
     span = Kernels((2, 3, 9), (("b", 2),), (("a", 3),), ((("b", 2), ("a", 3), spanned(torch.randn(1, 2, 3, 9))),))
     with pytest.raises(ce.errors.ConstraintError, match="undefined for kernels of continuous groups"):
         span.defect(torch.zeros(1, 2, 3, 9))
+
+
+# --- blocks and generators --------------------------------------------------------------------------------------------
+
+
+@over_spaces
+def test_blocks_are_pairs_of_field_types_and_cover_every_entry_once(name, size, layout):
+    kernels = space_of(name, size, layout).kernels
+    covered = torch.zeros(kernels.shape)
+    for block in kernels.map_blocks:
+        source, target = block.name.split(" -> ")
+        before = covered.sum()
+        for place in block.places:
+            covered[place] += 1
+        columns, rows = (
+            sum(d for k, d in fields if k == kind)
+            for fields, kind in ((kernels.inputs, source), (kernels.outputs, target))
+        )
+        assert covered.sum() - before == rows * columns * size**2
+    assert (covered == 1).all()
+    assert len(kernels.map_blocks) == 4
+
+
+@over_spaces
+def test_a_block_whose_kernels_are_all_equivariant_is_marked(name, size, layout):
+    space = space_of(name, size, layout)
+    rest = space.kernels.complement(random_kernels(space))
+    for block in space.kernels.map_blocks:
+        empty = all(float(rest[:, *place].abs().max()) < 1e-13 for place in block.places)
+        assert block.equivariant == empty
+
+
+def test_generators_have_names_where_the_measure_is_defined():
+    assert space_of("D_4", 3, "sorted").kernels.generator_names == ("generator 0", "generator 1")
+    field = ("scalar", 1)
+    span = Kernels((1, 1, 3, 3), (field,), (field,), ((field, field, spanned(torch.ones(1, 1, 1, 9))),))
+    assert span.generator_names == ()

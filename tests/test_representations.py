@@ -360,3 +360,38 @@ def test_bad_input_is_named(case):
     make, message = BAD[case]
     with pytest.raises(RepresentationError, match=message):
         make()
+
+
+RESTRICTED = {
+    "irreps to rotations": (reps.irreps("2x1o + 1x2e + 1x0o"), groups.SO3(), "2x1 + 1x2 + 1x0"),
+    "irreps to turns": (
+        reps.irreps("2x1o + 1x2e"),
+        groups.matrix_group("turns", algebra=groups.SO3().algebra[2:]),
+        "2x1o of O(3) + 1x2e of O(3)",
+    ),
+    "frequencies": (reps.frequency(3, group=SO2), groups.cyclic(3), "1xk=3 of SO(2)"),
+    "regular": (reps.regular(groups.dihedral(3)), groups.cyclic(3), "1xregular of D_3"),
+    "points": (
+        reps.permutation(3, channels=2),
+        groups.matrix_group("cycle", generators=torch.eye(3)[[1, 2, 0]][None]),
+        "2xpoints of S_3",
+    ),
+    "itself": (reps.vectors(2), groups.O3(), "2x1o"),
+}
+
+
+@pytest.mark.parametrize("name", RESTRICTED)
+def test_a_restriction_has_the_same_matrices(name):
+    representation, subgroup, text = RESTRICTED[name]
+    restricted = reps.restrict(representation, subgroup)
+    assert str(restricted) == text and restricted.group == subgroup
+    elements = drawn(subgroup, 3, 3)
+    assert torch.allclose(restricted.matrix(elements), representation.matrix(elements), atol=1e-12)
+    for direction in subgroup.algebra:
+        assert torch.allclose(restricted.derivative(direction), representation.derivative(direction), atol=1e-12)
+
+
+def test_restrictions_of_different_groups_are_told_apart():
+    """The regular representations of C_8 and D_4, each restricted to C_4, have equal names, dimensions and group."""
+    first, second = (reps.restrict(reps.regular(g), groups.cyclic(4)) for g in (groups.cyclic(8), groups.dihedral(4)))
+    assert first.dim == second.dim == 8 and first != second
