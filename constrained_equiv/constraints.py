@@ -142,8 +142,9 @@ class Terms:
         space = self.modules[position].projection
         if not isinstance(space, Intertwiners):
             raise ConstraintError(
-                f"subgroup {subgroup} at layer {self.names[position]!r}, a convolution: expected dense terms, whose "
-                "representations are known; choose them in where=, and take weight or lie(per='generator') here"
+                f"subgroup {subgroup} at layer {self.names[position]!r}, whose term is a kernel: expected dense terms "
+                "with representations, e3nn's or those of ce.adapters.linear and vector_neurons; choose them in where= "
+                "or take lie(per='generator') there"
             )
         return space.restricted(subgroup)
 
@@ -253,11 +254,11 @@ def _joined(names: Sequence[str]) -> str:
 def _block_norms(stack: Tensor, blocks: Sequence[MapBlock], dtype: torch.dtype) -> Tensor:
     """Norms (n, blocks) of the blocks of maps (n, *shape)."""
     axes = tuple(range(1, stack.ndim))
-    norms = [
-        torch.stack([torch.linalg.vector_norm(stack[:, *place], dim=axes, dtype=dtype) for place in block.places])
-        for block in blocks
-    ]
-    return torch.stack([torch.linalg.vector_norm(pieces, dim=0) for pieces in norms], 1)
+    norms = []
+    for block in blocks:
+        pieces = [torch.linalg.vector_norm(stack[:, *place], dim=axes, dtype=dtype) for place in block.places]
+        norms.append(pieces[0] if len(pieces) == 1 else torch.linalg.vector_norm(torch.stack(pieces), dim=0))
+    return torch.stack(norms, 1)
 
 
 def _scale_blocks(stack: Tensor, blocks: Sequence[MapBlock], factors: Tensor) -> Tensor:
@@ -504,7 +505,8 @@ def lie(
     """Bound the Lie derivative of each term, in operator form.
 
     Discrete generators (inversion) count beside the algebra's, so that parity is seen; arguments as for `weight`. With
-    `per="generator"` each generator has a constraint of its own; the square of a layer's value is the mean of theirs.
+    `per="generator"` each generator has a constraint of its own, named by its place in `group.algebra` or
+    `group.generators`; the square of a layer's value is the mean of theirs.
 
     Reference: for isotropic unit-variance x, the mean of || W rho_in(A) x - rho_out(A) W x ||^2 equals the squared
         Frobenius norm of the bracket; the mean over generators is taken so that the group's size does not matter.
@@ -528,15 +530,15 @@ def subgroup(
     by its norm, for it is not equivariant; `on_violation="keep"` keeps it.
 
     Args:
-        model: a relaxed model with dense terms.
+        model: a relaxed model.
         group: H, as matrices of the same degree as those of the layers' group: `ce.groups.SO3()` where that is O(3),
             `ce.groups.cyclic(4)` of SO(2), or a `ce.groups.matrix_group` such as the turns about one axis.
-        level: as for `weight`, and never larger than its value: the more of the group H holds, the larger.
+        level: as for `weight`. The value grows with H, up to that of `weight` where H is the whole group.
         where: chooses layers by name; all by default.
         type: `inequality` or `equality`.
 
     Raises:
-        ConstraintError: if a chosen term is a convolution; further as for `weight`.
+        ConstraintError: if a chosen layer is of escnn, whose terms are kernels; further as for `weight`.
         RepresentationError: if `group` is no subgroup of a layer's group, as far as its generators tell.
     """
     measure = _norm_measure(f"subgroup {group}", lambda t: t.factors().abs(), part=group)

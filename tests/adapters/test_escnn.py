@@ -391,6 +391,51 @@ def test_the_group_average_of_volumes_is_p():
     assert len(moved) == 24
 
 
+# --- constraints of a part of a layer ---------------------------------------------------------------------------------
+
+
+@table
+def test_squares_of_blocks_add_up_to_the_layer(name):
+    layer = relaxed(LAYERS[name]())
+    blocks = ce.constraints.weight(layer, level=1.0, per="block")
+    whole = ce.constraints.weight(layer, level=1.0)
+    values = blocks.measure.values(blocks.terms)
+    torch.testing.assert_close(values.square().sum().sqrt()[None], whole.measure.values(whole.terms))
+    assert (values > 0).all() and all(" -> " in entry.name for entry in blocks.entries)
+
+
+@table
+def test_blocks_are_pulled_along_their_own_entries(name):
+    """The derivative of each value, by autograd through the blocks cut out of the kernel."""
+    layer = relaxed(LAYERS[name]())
+    term = term_of(layer)
+    record = ce.constraints.weight(layer, level=1.0, per="block")
+    coefficients = torch.rand(len(record.entries))
+    blocks = [block for block in term.projection.map_blocks if not block.equivariant]
+    norms = [torch.stack([term.weight[place].square().sum() for place in b.places]).sum().sqrt() for b in blocks]
+    values = torch.stack(norms) / term.rows**0.5
+    torch.testing.assert_close(values.detach(), record.measure.values(record.terms))
+    (expected,) = torch.autograd.grad((values * coefficients).sum(), term.weight)
+    record.measure.pull(record.terms, coefficients)
+    assert_near(term.weight.grad, expected)
+
+
+@pytest.mark.parametrize("name", ["stride", "circular", "linear"])
+def test_squares_of_generators_average_to_the_layer(name):
+    layer = relaxed(LAYERS[name]())
+    single, whole = (ce.constraints.lie(layer, level=1.0, per=per) for per in ("generator", "layer"))
+    values = single.measure.values(single.terms)
+    assert len(values) == {"stride": 1, "circular": 2, "linear": 1}[name]
+    torch.testing.assert_close(values.square().mean().sqrt()[None], whole.measure.values(whole.terms))
+
+
+def test_generators_of_continuous_groups_and_subgroups_of_kernels_are_refused():
+    with pytest.raises(ce.errors.ConstraintError, match=r"per='generator' at layer ''.*no generator.*weight"):
+        ce.constraints.lie(relaxed(LAYERS["continuous"]()), level=1.0, per="generator")
+    with pytest.raises(ce.errors.ConstraintError, match=r"subgroup C_2 at layer '', whose term is a kernel.*lie\(per="):
+        ce.constraints.subgroup(relaxed(LAYERS["stride"]()), ce.groups.cyclic(2), level=1.0)
+
+
 # --- training ---------------------------------------------------------------------------------------------------------
 
 
