@@ -14,6 +14,7 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import compress
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
@@ -96,6 +97,14 @@ class _Stack(NamedTuple):
     positions: list[int]
     tables: list[dict[str, Any]]
 
+    def trained(self, *, without_gradient: bool = True) -> tuple[list[nn.Parameter], list[int]]:
+        """The parameters that are not frozen, and their terms' positions."""
+        weights = [table["weight"] for table in self.tables]
+        chosen = [w.requires_grad and (without_gradient or w.grad is not None) for w in weights]
+        if all(chosen):
+            return weights, self.positions
+        return list(compress(weights, chosen)), list(compress(self.positions, chosen))
+
 
 class Engine:
     """What surrounds a base step."""
@@ -169,7 +178,7 @@ class Engine:
         """Take up the schedules at the current step, without touching the terms."""
         self._write_levels()
         self._write_scales()
-        self._set_pinned([self._pins(record, level) for record, level in zip(self.records, self._levels, strict=True)])
+        self._set_pinned(self._to_pin())
 
     # --- a step ---
 
@@ -298,18 +307,19 @@ class Engine:
         for record, part in zip(self.records, self.slices, strict=True):
             if synchronise and record.measure.synchronise is not None:
                 record.measure.synchronise(record.terms)
-            self._part(self.values, part).copy_(self._value(record))
+            self._value(record, out=self._part(self.values, part))
         torch.sub(self.values, self.levels, out=self.excess)
         self.excess.nan_to_num_(0.0, 0.0, 0.0)  # what is not finite moves no multiplier
         self._compared = list(self._levels)
         self._give_way()
 
-    def _value(self, record: Constraint | Penalty) -> Tensor:
+    def _value(self, record: Constraint | Penalty, *, out: Tensor | None = None) -> Tensor:
         """The record's values; of a norm the slopes are kept, for they are needed again to pull it."""
-        if record.measure.slope is None:
-            return record.measure.values(record.terms)
-        slopes = self._slopes[self._charged.index(record)] = record.measure.slope(record.terms)
-        return slopes * record.terms.norms(record.measure.part)
+        if record.measure.slope is not None:
+            slopes = self._slopes[self._charged.index(record)] = record.measure.slope(record.terms)
+            return torch.mul(slopes, record.terms.norms(record.measure.part), out=out)
+        values = record.measure.values(record.terms)
+        return values if out is None else out.copy_(values)
 
     def _give_way(self) -> None:
         """Subtract the slack that is best for the current multipliers."""
@@ -336,16 +346,11 @@ class Engine:
         """
         shares = self._shares([charge for charge in charges if _is_whole_norm(charge.record)])
         for stack in self._awake:
-            chosen = [
-                (i, weight)
-                for i, table in zip(stack.positions, stack.tables, strict=True)
-                if (weight := table["weight"]).requires_grad and (shares is not None or weight.grad is not None)
-            ]
-            if not chosen:
+            weights, positions = stack.trained(without_gradient=shares is not None)
+            if not weights or (shares is None and not stack.term.complement):
                 continue
-            weights = [weight for _, weight in chosen]
             gradients = _tensors.gradients(weights)
-            plus = None if shares is None else (weights, _take(shares, [i for i, _ in chosen]))
+            plus = None if shares is None else (weights, _take(shares, positions))
             if stack.term.complement:
                 _tensors.map_stacked_(gradients, partial(_finite_complement, stack.term), self._scratch, plus=plus)
             elif plus is not None:
@@ -377,8 +382,7 @@ class Engine:
 
     def _project_weights(self) -> None:
         for stack in self._awake:
-            weights = [w for table in stack.tables if (w := table["weight"]).requires_grad]
-            if weights and stack.term.complement:
+            if stack.term.complement and (weights := stack.trained()[0]):
                 _tensors.map_stacked_(weights, stack.term.projection.complement_, self._scratch)
 
     def _project_onto_balls(self) -> None:
@@ -415,7 +419,9 @@ class Engine:
     def _pin(self) -> None:
         """Where a level is exactly 0, set what is constrained to exactly 0 and forget its base state."""
         before = self._pinned
-        self._set_pinned([self._pins(record, level) for record, level in zip(self.records, self._levels, strict=True)])
+        pinned = self._to_pin()
+        if pinned != before:
+            self._set_pinned(pinned)
         for (record, _, now), earlier in zip(self._stated(), before, strict=True):
             if not now:
                 continue
@@ -428,14 +434,16 @@ class Engine:
             else:
                 self._rescale(record, torch.zeros_like(self.levels[: len(weights)]))
 
-    def _pins(self, record: Constraint, level: float) -> bool:
-        return (
-            self.options.at_zero == "clear"
-            and level == 0
+    def _to_pin(self) -> list[bool]:
+        """Which records' levels are 0 and end what they constrain."""
+        return [
+            level == 0
+            and self.options.at_zero == "clear"
             and record.type == "inequality"
             and record.slack is None
             and record.measure.target == "weight"
-        )
+            for record, level in zip(self.records, self._levels, strict=True)
+        ]
 
     def _set_pinned(self, pinned: list[bool]) -> None:
         self._pinned = pinned
@@ -551,6 +559,8 @@ def _is_whole_norm(record: Constraint | Penalty) -> bool:
 
 def _take(vector: Tensor, positions: list[int]) -> Tensor:
     """Entries at positions known to the host, without a copy to the device."""
+    if len(positions) == len(vector):
+        return vector
     if positions[-1] - positions[0] == len(positions) - 1:
         return vector[positions[0] : positions[-1] + 1]
     single = vector.unbind()
