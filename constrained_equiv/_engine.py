@@ -85,7 +85,7 @@ class Readings(NamedTuple):
 class _Charge(NamedTuple):
     """What one record adds to the gradients: coefficients times the slopes of its values."""
 
-    record: Constraint | Penalty
+    at: int  # position in `Engine._charged`
     coefficients: Tensor
     values: Tensor
 
@@ -196,11 +196,11 @@ class Engine:
                 self.multipliers.ascend(self.violations)
                 self._give_way()
             self._coefficients = self.multipliers.coefficients(self.violations)
-        charges = [self._charge(penalty) for penalty in self.penalties]
+        charges = [self._charge(at) for at in range(len(self.records), len(self._charged))]
         if self.options.enforce == "multipliers":
             charges += [
-                _Charge(record, self._part(self._coefficients, part), self._part(self.values, part))
-                for record, part, pinned in self._stated()
+                _Charge(at, self._part(self._coefficients, part), self._part(self.values, part))
+                for at, (part, pinned) in enumerate(zip(self.slices, self._pinned, strict=True))
                 if not pinned
             ]
         self._write_gradients(charges)
@@ -259,6 +259,7 @@ class Engine:
         """Forget all constraints."""
         self.records, self.scales, self.penalties, self.names, self.slices = (), (), (), (), ()
         self.terms = Terms((), (), ())
+        self._charged = []
         self.multipliers = None
         self._levels, self._compared = [], []
         self._set_pinned([])
@@ -304,19 +305,20 @@ class Engine:
         return vector if len(self.slices) == 1 else vector[part]
 
     def _measure(self, *, synchronise: bool) -> None:
-        for record, part in zip(self.records, self.slices, strict=True):
+        for at, (record, part) in enumerate(zip(self.records, self.slices, strict=True)):
             if synchronise and record.measure.synchronise is not None:
                 record.measure.synchronise(record.terms)
-            self._value(record, out=self._part(self.values, part))
+            self._value(at, out=self._part(self.values, part))
         torch.sub(self.values, self.levels, out=self.excess)
         self.excess.nan_to_num_(0.0, 0.0, 0.0)  # what is not finite moves no multiplier
         self._compared = list(self._levels)
         self._give_way()
 
-    def _value(self, record: Constraint | Penalty, *, out: Tensor | None = None) -> Tensor:
-        """The record's values; of a norm the slopes are kept, for they are needed again to pull it."""
+    def _value(self, at: int, *, out: Tensor | None = None) -> Tensor:
+        """A record's values; of a norm the slopes are kept, for they are needed again to pull it."""
+        record = self._charged[at]
         if record.measure.slope is not None:
-            slopes = self._slopes[self._charged.index(record)] = record.measure.slope(record.terms)
+            slopes = self._slopes[at] = record.measure.slope(record.terms)
             return torch.mul(slopes, record.terms.norms(record.measure.part), out=out)
         values = record.measure.values(record.terms)
         return values if out is None else out.copy_(values)
@@ -333,18 +335,19 @@ class Engine:
                 self.slacks[part].copy_(slack)
         torch.sub(self.excess, self.slacks, out=self.violations)
 
-    def _charge(self, penalty: Penalty) -> _Charge:
+    def _charge(self, at: int) -> _Charge:
+        penalty = self.penalties[at - len(self.records)]
         if penalty.measure.synchronise is not None:
             penalty.measure.synchronise(penalty.terms)
-        values = self._value(penalty)
-        return _Charge(penalty, torch.full_like(values, value_at(penalty.coefficient, self.step)), values)
+        values = self._value(at)
+        return _Charge(at, torch.full_like(values, value_at(penalty.coefficient, self.step)), values)
 
     def _write_gradients(self, charges: Sequence[_Charge]) -> None:
         """Project the task's gradients and add what the constraints pull with.
 
         Whole norms are added in the same pass over memory, for a second pass would cost as much as the first.
         """
-        shares = self._shares([charge for charge in charges if _is_whole_norm(charge.record)])
+        shares = self._shares([charge for charge in charges if _is_whole_norm(self._charged[charge.at])])
         for stack in self._awake:
             weights, positions = stack.trained(without_gradient=shares is not None)
             if not weights or (shares is None and not stack.term.complement):
@@ -355,8 +358,8 @@ class Engine:
                 _tensors.map_stacked_(gradients, partial(_finite_complement, stack.term), self._scratch, plus=plus)
             elif plus is not None:
                 _tensors.add_scaled_(gradients, *plus)
-        for record, coefficients, _ in charges:
-            if not _is_whole_norm(record):
+        for at, coefficients, _ in charges:
+            if not _is_whole_norm(record := self._charged[at]):
                 record.measure.pull(record.terms, coefficients)
         for record, _, pinned in self._stated():
             if pinned and _pins_whole(record):
@@ -371,8 +374,7 @@ class Engine:
     def _shares(self, charges: Sequence[_Charge]) -> Tensor | None:
         """By how much of each of `self.terms` the gradient grows."""
         total = None
-        for record, coefficients, values in charges:
-            at = self._charged.index(record)
+        for at, coefficients, values in charges:
             shares = norm_shares(coefficients, self._slopes[at], values)
             if not self._aligned[at]:
                 place = self._places[at]

@@ -158,7 +158,7 @@ class Intertwiners:
         for pair in _plan(self.outputs, self.inputs):
             (rows, columns), b, a = pair
             if b.atom.kind == a.atom.kind == "irreducible":
-                irreducible.append(_Place(rows.start, columns.start, b, a))
+                irreducible.append(_Place(rows, b, columns, a))
             else:
                 others.append(pair)
         return irreducible, others
@@ -192,8 +192,8 @@ def intertwiners(inputs: object, outputs: object, *, group: Group | None = None)
 class _Place:
     """Where the copies of one irreducible atom lie in a map, as strides in units of a row and a column."""
 
-    def __init__(self, row: int, column: int, outputs: Block, inputs: Block) -> None:
-        self.row, self.column = row, column
+    def __init__(self, rows: slice, outputs: Block, columns: slice, inputs: Block) -> None:
+        self.rows, self.outputs, self.columns, self.inputs = rows, outputs, columns, inputs
         self.dim = outputs.atom.dim
         self.shape = (outputs.multiplicity, inputs.multiplicity, self.dim)
         self.down, self.down_copy = _steps(outputs)
@@ -202,13 +202,17 @@ class _Place:
     def diagonals(self, maps: Tensor) -> Tensor:
         """View the diagonals of all copies as (..., mul_out, mul_in, d), in one operation.
 
-        That is `_copies(block, ...).diagonal()`, whose five views would cost small maps as much as the arithmetic.
+        That is `_copies(block, ...).diagonal()`, whose five views would cost small maps as much as the arithmetic;
+        compiled, they cost nothing.
         """
+        if torch.compiler.is_compiling():
+            block = maps[..., self.rows, self.columns]
+            return _copies(block, self.outputs, self.inputs).diagonal(dim1=-2, dim2=-1)
         *lead, row, column = maps.stride()
         return maps.as_strided(
             (*maps.shape[:-2], *self.shape),
             (*lead, self.down_copy * row, self.right_copy * column, self.down * row + self.right * column),
-            maps.storage_offset() + self.row * row + self.column * column,
+            maps.storage_offset() + self.rows.start * row + self.columns.start * column,
         )
 
 
