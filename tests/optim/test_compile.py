@@ -56,6 +56,7 @@ def agree(
     found: tuple[nn.Module, ce.ConstrainedOptimizer], expected: tuple[nn.Module, ce.ConstrainedOptimizer], rtol: float
 ) -> None:
     pairs = [*zip(found[0].parameters(), expected[0].parameters(), strict=True)]
+    pairs += [(a.grad, b.grad) for a, b in pairs if a.grad is not None or b.grad is not None]  # of the Lagrangian
     ours, theirs = found[1].readings(), expected[1].readings()
     pairs += [(ours.values, theirs.values), (ours.multipliers, theirs.multipliers)]
     for a, b in pairs:
