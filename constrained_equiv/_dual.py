@@ -78,6 +78,8 @@ class Problem(cooper.ConstrainedMinimizationProblem):
 class Multipliers:
     """Multipliers of `inequalities` + `equalities` constraints, in this order in every vector.
 
+    Its methods are called without gradients (`torch.no_grad`), as the whole step is.
+
     Attributes:
         problem: the Cooper problem that holds them.
         dual_optimizer: what updates them; None for a formulation without multipliers.
@@ -154,11 +156,11 @@ class Multipliers:
             rate = self.dual_optimizer.param_groups[0]["lr"]
             for name, weight, part in self._parts(violations):
                 if self._follow:
-                    weight.data.addcmul_(part, self._penalties[name])
+                    weight.addcmul_(part, self._penalties[name])
                 else:
-                    weight.data.add_(part, alpha=rate)
+                    weight.add_(part, alpha=rate)
                 if name == "inequality":
-                    weight.data.clamp_min_(0)
+                    weight.clamp_min_(0)
         else:
             with torch.enable_grad(), torch.autocast(violations.device.type, enabled=False):
                 self.dual_optimizer.zero_grad()
@@ -182,14 +184,13 @@ class Multipliers:
     def _slope(self, name: str, violations: Tensor) -> Tensor:
         """dL/dh of the constraints of one type, in closed form."""
         if self._kind is Lagrangian:
-            multiplier: Tensor = self._weights[name].detach()
-            return multiplier.clone()
+            return torch.clone(self._weights[name])
         if self._growth > 1:
             slope = violations * self._penalties[name]
             if self._weights:
-                slope += self._weights[name].detach()
+                slope += self._weights[name]
         elif self._weights:
-            slope = torch.add(self._weights[name].detach(), violations, alpha=self._start)
+            slope = torch.add(self._weights[name], violations, alpha=self._start)
         else:
             slope = violations * self._start
         return torch.clamp_min_(slope, 0) if name == "inequality" else slope

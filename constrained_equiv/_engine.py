@@ -14,6 +14,7 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import compress
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
@@ -85,7 +86,7 @@ class Readings(NamedTuple):
 class _Charge(NamedTuple):
     """What one record adds to the gradients: coefficients times the slopes of its values."""
 
-    record: Constraint | Penalty
+    at: int  # position in `Engine._charged`
     coefficients: Tensor
     values: Tensor
 
@@ -96,6 +97,14 @@ class _Stack(NamedTuple):
     term: NonEquivariantTerm
     positions: list[int]
     tables: list[dict[str, Any]]
+
+    def trained(self, *, without_gradient: bool = True) -> tuple[list[nn.Parameter], list[int]]:
+        """The parameters that are not frozen, and their terms' positions."""
+        weights = [table["weight"] for table in self.tables]
+        chosen = [w.requires_grad and (without_gradient or w.grad is not None) for w in weights]
+        if all(chosen):
+            return weights, self.positions
+        return list(compress(weights, chosen)), list(compress(self.positions, chosen))
 
 
 class Engine:
@@ -177,7 +186,7 @@ class Engine:
         """Take up the schedules at the current step, without touching the terms."""
         self._write_levels()
         self._write_scales()
-        self._set_pinned([self._pins(record, level) for record, level in zip(self.records, self._levels, strict=True)])
+        self._set_pinned(self._to_pin())
 
     # --- a step ---
 
@@ -195,11 +204,11 @@ class Engine:
                 self.multipliers.ascend(self.violations)
                 self._give_way()
             self._coefficients = self.multipliers.coefficients(self.violations)
-        charges = [self._charge(penalty) for penalty in self.penalties]
+        charges = [self._charge(at) for at in range(len(self.records), len(self._charged))]
         if self.options.enforce == "multipliers":
             charges += [
-                _Charge(record, self._part(self._coefficients, part), self._part(self.values, part))
-                for record, part, pinned in self._stated()
+                _Charge(at, self._part(self._coefficients, part), self._part(self.values, part))
+                for at, (part, pinned) in enumerate(zip(self.slices, self._pinned, strict=True))
                 if not pinned
             ]
         self._write_gradients(charges)
@@ -258,6 +267,7 @@ class Engine:
         """Forget all constraints."""
         self.records, self.scales, self.penalties, self.names, self.slices = (), (), (), (), ()
         self.terms = Terms((), (), ())
+        self._charged = []
         self.multipliers = None
         self._levels, self._compared = [], []
         self._set_pinned([])
@@ -303,21 +313,24 @@ class Engine:
         return vector if len(self.slices) == 1 else vector[part]
 
     def _measure(self, *, synchronise: bool) -> None:
-        for record, part in zip(self.records, self.slices, strict=True):
+        for at, (record, part) in enumerate(zip(self.records, self.slices, strict=True)):
             if synchronise and record.measure.synchronise is not None:
                 record.measure.synchronise(record.terms)
-            self._part(self.values, part).copy_(self._value(record))
+            self._value(at, out=self._part(self.values, part))
         torch.sub(self.values, self.levels, out=self.excess)
         self.excess.nan_to_num_(0.0, 0.0, 0.0)  # what is not finite moves no multiplier
         self._compared = list(self._levels)
         self._give_way()
 
-    def _value(self, record: Constraint | Penalty) -> Tensor:
-        """The record's values; of a norm the slopes are kept, for they are needed again to pull it."""
-        if record.measure.slope is None:
-            return record.measure.values(record.terms)
-        slopes = self._slopes[self._charged.index(record)] = record.measure.slope(record.terms)
-        return slopes * record.terms.norms(record.measure.part, record.measure.per)
+    def _value(self, at: int, *, out: Tensor | None = None) -> Tensor:
+        """A record's values; of a norm the slopes are kept, for they are needed again to pull it."""
+        record = self._charged[at]
+        measure = record.measure
+        if measure.slope is not None:
+            slopes = self._slopes[at] = measure.slope(record.terms)
+            return torch.mul(slopes, record.terms.norms(measure.part, measure.per), out=out)
+        values = measure.values(record.terms)
+        return values if out is None else out.copy_(values)
 
     def _give_way(self) -> None:
         """Subtract the slack that is best for the current multipliers."""
@@ -331,35 +344,31 @@ class Engine:
                 self.slacks[part].copy_(slack)
         torch.sub(self.excess, self.slacks, out=self.violations)
 
-    def _charge(self, penalty: Penalty) -> _Charge:
+    def _charge(self, at: int) -> _Charge:
+        penalty = self.penalties[at - len(self.records)]
         if penalty.measure.synchronise is not None:
             penalty.measure.synchronise(penalty.terms)
-        values = self._value(penalty)
-        return _Charge(penalty, torch.full_like(values, value_at(penalty.coefficient, self.step)), values)
+        values = self._value(at)
+        return _Charge(at, torch.full_like(values, value_at(penalty.coefficient, self.step)), values)
 
     def _write_gradients(self, charges: Sequence[_Charge]) -> None:
         """Project the task's gradients and add what the constraints pull with.
 
         Whole norms are added in the same pass over memory, for a second pass would cost as much as the first.
         """
-        shares = self._shares([charge for charge in charges if _is_whole_norm(charge.record)])
+        shares = self._shares([charge for charge in charges if _is_whole_norm(self._charged[charge.at])])
         for stack in self._awake:
-            chosen = [
-                (i, weight)
-                for i, table in zip(stack.positions, stack.tables, strict=True)
-                if (weight := table["weight"]).requires_grad and (shares is not None or weight.grad is not None)
-            ]
-            if not chosen:
+            weights, positions = stack.trained(without_gradient=shares is not None)
+            if not weights or (shares is None and not stack.term.complement):
                 continue
-            weights = [weight for _, weight in chosen]
             gradients = _tensors.gradients(weights)
-            plus = None if shares is None else (weights, _take(shares, [i for i, _ in chosen]))
+            plus = None if shares is None else (weights, _take(shares, positions))
             if stack.term.complement:
                 _tensors.map_stacked_(gradients, partial(_finite_complement, stack.term), self._scratch, plus=plus)
             elif plus is not None:
                 _tensors.add_scaled_(gradients, *plus)
-        for record, coefficients, _ in charges:
-            if not _is_whole_norm(record):
+        for at, coefficients, _ in charges:
+            if not _is_whole_norm(record := self._charged[at]):
                 record.measure.pull(record.terms, coefficients)
         for record, _, pinned in self._stated():
             if pinned and _pins_whole(record):
@@ -374,8 +383,7 @@ class Engine:
     def _shares(self, charges: Sequence[_Charge]) -> Tensor | None:
         """By how much of each of `self.terms` the gradient grows."""
         total = None
-        for record, coefficients, values in charges:
-            at = self._charged.index(record)
+        for at, coefficients, values in charges:
             shares = norm_shares(coefficients, self._slopes[at], values)
             if not self._aligned[at]:
                 place = self._places[at]
@@ -385,8 +393,7 @@ class Engine:
 
     def _project_weights(self) -> None:
         for stack in self._awake:
-            weights = [w for table in stack.tables if (w := table["weight"]).requires_grad]
-            if weights and stack.term.complement:
+            if stack.term.complement and (weights := stack.trained()[0]):
                 _tensors.map_stacked_(weights, stack.term.projection.complement_, self._scratch)
 
     def _project_onto_balls(self) -> None:
@@ -423,7 +430,9 @@ class Engine:
     def _pin(self) -> None:
         """Where a level is exactly 0, set what is constrained to exactly 0 and forget its base state."""
         before = self._pinned
-        self._set_pinned([self._pins(record, level) for record, level in zip(self.records, self._levels, strict=True)])
+        pinned = self._to_pin()
+        if pinned != before:
+            self._set_pinned(pinned)
         for (record, part, now), earlier in zip(self._stated(), before, strict=True):
             if not now:
                 continue
@@ -436,14 +445,16 @@ class Engine:
             else:
                 self._rescale(record, self.levels[part])  # by 0
 
-    def _pins(self, record: Constraint, level: float) -> bool:
-        return (
-            self.options.at_zero == "clear"
-            and level == 0
+    def _to_pin(self) -> list[bool]:
+        """Which records' levels are 0 and end what they constrain."""
+        return [
+            level == 0
+            and self.options.at_zero == "clear"
             and record.type == "inequality"
             and record.slack is None
             and record.measure.target == "weight"
-        )
+            for record, level in zip(self.records, self._levels, strict=True)
+        ]
 
     def _set_pinned(self, pinned: list[bool]) -> None:
         self._pinned = pinned
@@ -559,6 +570,8 @@ def _is_whole_norm(record: Constraint | Penalty) -> bool:
 
 def _take(vector: Tensor, positions: list[int]) -> Tensor:
     """Entries at positions known to the host, without a copy to the device."""
+    if len(positions) == len(vector):
+        return vector
     if positions[-1] - positions[0] == len(positions) - 1:
         return vector[positions[0] : positions[-1] + 1]
     single = vector.unbind()

@@ -3,7 +3,7 @@
 What enters: lists of tensors, plain or sharded over processes. What leaves: the same, updated in place, or one stacked
 tensor. Called by constraints and the optimizer.
 Law: the number of dispatched operations does not depend on the length of the lists (stacks are worked through in pieces
-of a few megabytes, so that they stay in the processor's cache), and nothing is read by the host.
+of two megabytes, so that they stay in the processor's cache), and nothing is read by the host.
 
 torch's multi-tensor functions are private by name until its public `torch.foreach`; this is the one place that calls
 them.
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_PIECE = {"cpu": 4 << 20}  # bytes; beyond the cache a stacked pass costs several times as much
+_PIECE = {"cpu": 2 << 20}  # bytes; beyond the cache a stacked pass costs several times as much
 _PIECE_ELSEWHERE = 256 << 20
 
 
@@ -46,20 +46,21 @@ def norms(tensors: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
     if any_sharded(tensors):
         return _sum_over_shards(tensors, torch.stack(torch._foreach_norm(locals_(tensors), 2, dtype=dtype)))
     if (stack := _adjoined(tensors)) is not None:
-        sizes: Tensor = torch.linalg.vector_norm(stack.flatten(1), dim=1, dtype=dtype)
+        sizes: Tensor = torch.linalg.vector_norm(stack, dim=tuple(range(1, stack.ndim)), dtype=dtype)
         return sizes
     return torch.stack(torch._foreach_norm(list(tensors), 2, dtype=dtype))
 
 
 def add_scaled_(targets: Sequence[Tensor], sources: Sequence[Tensor], factors: Tensor) -> None:
     """targets[i] += factors[i] * sources[i], with factors (n,) on the device."""
-    targets, sources = locals_(targets), locals_(sources)
+    if any_sharded(targets):
+        targets, sources = locals_(targets), locals_(sources)
     if (stack := _adjoined(targets)) is not None:
         _add_scaled_stack_(stack, sources, factors)
     elif targets[0].device.type == "cpu":
-        torch._foreach_addcmul_(targets, sources, list(factors.to(sources[0].dtype).unbind()))
+        torch._foreach_addcmul_(list(targets), list(sources), factors.to(sources[0].dtype).unbind())
     else:
-        add_scaled_stacked_(targets, sources, factors)
+        add_scaled_stacked_(list(targets), list(sources), factors)
 
 
 def add_scaled_stacked_(targets: list[Tensor], sources: list[Tensor], factors: Tensor) -> None:
@@ -77,7 +78,7 @@ def _add_scaled_stack_(targets: Tensor, sources: Sequence[Tensor], factors: Tens
     if (stack := _adjoined(sources)) is not None:
         targets.addcmul_(stack, factors.to(targets.dtype).view(-1, *[1] * (targets.ndim - 1)))
     elif targets.device.type == "cpu":
-        torch._foreach_addcmul_(list(targets.unbind()), list(sources), list(factors.to(targets.dtype).unbind()))
+        torch._foreach_addcmul_(targets.unbind(), list(sources), factors.to(targets.dtype).unbind())
     else:
         add_scaled_stacked_(list(targets.unbind()), list(sources), factors)
 
@@ -130,17 +131,17 @@ def map_stacked_(
         if plus is not None:
             add_scaled_(targets, *plus)
         return
-    targets = locals_(targets)
     scratch = scratch or Scratch()
+    sources, factors = plus or ((), None)
     for piece in pieces(targets):
         here = targets[piece]
         view = _adjoined(here)
         stack = scratch.stack(here) if view is None else view
         result = function(stack)
-        if plus is not None:
-            _add_scaled_stack_(result, plus[0][piece], plus[1][piece])
+        if factors is not None:
+            _add_scaled_stack_(result, sources[piece], factors if len(here) == len(targets) else factors[piece])
         if result is not view:
-            torch._foreach_copy_(here, list(result.unbind()))
+            torch._foreach_copy_(list(here), result.unbind())
 
 
 @torch.no_grad()
@@ -164,18 +165,18 @@ def adjoin_(parameters: Sequence[Tensor]) -> None:
 def _adjoined(tensors: Sequence[Tensor]) -> Tensor | None:
     """View tensors of one shape as a stack, where they lie one behind the other in one block of memory."""
     first = tensors[0]
-    if not first.is_contiguous():
+    if torch.compiler.is_compiling() or not first.is_contiguous():  # a compiler knows no addresses
         return None
     if len(tensors) == 1:
         return first.unsqueeze(0)
     size, place, shape = first.numel(), first.data_ptr(), first.shape
     step = size * first.element_size()
-    if first.untyped_storage().nbytes() < step * len(tensors) or tensors[1].data_ptr() != place + step:
+    if tensors[1].data_ptr() != place + step:  # the usual answer no
         return None
-    for tensor in tensors:
-        if tensor.data_ptr() != place or tensor.shape != shape or not tensor.is_contiguous():
-            return None
-        place += step
+    if list(map(Tensor.data_ptr, tensors)) != list(range(place, place + step * len(tensors), step)):
+        return None
+    if not all(map(Tensor.is_contiguous, tensors)) or any(t.shape != shape for t in tensors):
+        return None
     if tensors[-1].untyped_storage().data_ptr() != first.untyped_storage().data_ptr():  # neighbours by chance
         return None
     return first.as_strided((len(tensors), *first.shape), (size, *first.stride()), first.storage_offset())

@@ -90,7 +90,7 @@ class Terms:
 
     def gates(self) -> list[nn.Parameter]:
         """The gates; empty where the terms have none."""
-        return [gate for own in self._own if (gate := own.get("gate")) is not None]
+        return [own["gate"] for own in self._gated]  # type: ignore[misc]
 
     def scales(self) -> list[Tensor]:
         """The 0-d buffers theta."""
@@ -99,7 +99,7 @@ class Terms:
     @property
     def precision(self) -> torch.dtype:
         """Of values and multipliers: float32, or float64 where the terms are."""
-        return torch.float64 if self.modules[0].weight.dtype == torch.float64 else torch.float32
+        return torch.float64 if self._own[0]["weight"].dtype == torch.float64 else torch.float32  # type: ignore[union-attr]
 
     def factors(self) -> Tensor:
         """scale * gate / sqrt(rows) of each term, (n,)."""
@@ -219,10 +219,9 @@ class Terms:
         if per == "block":
             stacks = [(_tensors.stacked(parts[stack]), self._blocks(stack, part)) for stack in self.stacks]
             return torch.cat([_block_norms(*stack, self.precision).flatten() for stack in stacks])
-        if _tensors.any_sharded(parts):  # one collective for all
+        if len(self.stacks) == 1 or _tensors.any_sharded(parts):  # one collective for all
             return _tensors.norms(parts, self.precision)
-        sizes = [_tensors.norms(parts[stack], self.precision) for stack in self.stacks]
-        return sizes[0] if len(sizes) == 1 else torch.cat(sizes)
+        return torch.cat([_tensors.norms(parts[stack], self.precision) for stack in self.stacks])
 
     @cached_property
     def complement(self) -> bool:
@@ -234,12 +233,17 @@ class Terms:
         """The modules' own tables of parameters, which outlive the parameters in them and are quick to look up."""
         return tuple(term._parameters for term in self.modules)
 
+    @cached_property
+    def _gated(self) -> tuple[dict[str, nn.Parameter | None], ...]:
+        return tuple(own for own in self._own if own.get("gate") is not None)
+
     def _spread(self, device: torch.device, dtype: torch.dtype) -> Tensor:
         """1 / sqrt(rows), copied to a device once: a copy in every step would make the host wait."""
-        if (device, dtype) not in self._spreads:
-            spread = [term.rows**-0.5 for term in self.modules]
-            self._spreads[device, dtype] = torch.tensor(spread, dtype=dtype, device=device)
-        return self._spreads[device, dtype]
+        spread = self._spreads.get((device, dtype))
+        if spread is None:
+            factors = [term.rows**-0.5 for term in self.modules]
+            self._spreads[device, dtype] = spread = torch.tensor(factors, dtype=dtype, device=device)
+        return spread
 
     @cached_property
     def _spreads(self) -> dict[tuple[torch.device, torch.dtype], Tensor]:

@@ -12,7 +12,7 @@ masks, else they are the null space of the commutation constraints, which needs 
 
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from typing import Protocol
+from typing import Protocol, TypeAlias
 
 import torch
 from torch import Tensor
@@ -23,6 +23,7 @@ from constrained_equiv.groups import O3, Group
 from constrained_equiv.representations import Atom, Block, Representation, every_pair
 
 _MAX_NULL_SPACE = 4_096
+_Pair: TypeAlias = tuple[tuple[slice, slice], Block, Block]
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,7 @@ class Intertwiners:
     def __deepcopy__(self, memo: dict[int, object]) -> "Intertwiners":
         return self
 
-    @property
+    @cached_property
     def shape(self) -> tuple[int, int]:
         """(outputs.dim, inputs.dim)."""
         return self.outputs.dim, self.inputs.dim
@@ -143,16 +144,17 @@ class Intertwiners:
     def complement_(self, maps: Tensor) -> Tensor:
         """Replace maps (..., outputs.dim, inputs.dim) by maps - P maps in place, and return them."""
         self._check(maps)
-        for (rows, columns), b, a in self._pairs:
-            block = _copies(maps[..., rows, columns], b, a)
-            if block.shape[-2:] == (1, 1):
-                block.zero_()
-            elif b.atom.kind == a.atom.kind == "irreducible":
-                diagonal = block.diagonal(dim1=-2, dim2=-1)
-                diagonal.sub_(diagonal.mean(-1, keepdim=True))
+        irreducible, others = self._pairs
+        for place in irreducible:
+            diagonals = place.diagonals(maps)
+            if place.dim == 1:
+                diagonals.zero_()
             else:
-                local = _local_basis(self.inputs.group, b.atom, a.atom, maps.dtype, maps.device)
-                block.sub_(torch.einsum("...ij,kij,kpq->...pq", block, local, local))
+                diagonals.sub_(diagonals.mean(-1, keepdim=True))
+        for (rows, columns), b, a in others:
+            block = _copies(maps[..., rows, columns], b, a)
+            local = _local_basis(self.inputs.group, b.atom, a.atom, maps.dtype, maps.device)
+            block.sub_(torch.einsum("...ij,kij,kpq->...pq", block, local, local))
         return maps
 
     def defect(self, maps: Tensor) -> Tensor:
@@ -197,12 +199,22 @@ class Intertwiners:
         return torch.stack(columns) if columns else torch.zeros(0, *self.shape, dtype=torch.float64)
 
     @cached_property
-    def _pairs(self) -> "tuple[tuple[tuple[slice, slice], Block, Block], ...]":
-        """The plan, kept here because hashing representations takes as long as projecting a small map."""
-        return _plan(self.outputs, self.inputs)
+    def _pairs(self) -> "tuple[list[_Place], list[_Pair]]":
+        """The plan, kept here because hashing representations takes as long as projecting a small map.
+
+        Pairs of irreducible atoms, where Schur's lemma holds, come first.
+        """
+        irreducible, others = [], []
+        for pair in _plan(self.outputs, self.inputs):
+            (rows, columns), b, a = pair
+            if b.atom.kind == a.atom.kind == "irreducible":
+                irreducible.append(_Place(rows, b, columns, a))
+            else:
+                others.append(pair)
+        return irreducible, others
 
     def _check(self, maps: Tensor) -> None:
-        if tuple(maps.shape[-2:]) != self.shape:
+        if maps.shape[-2:] != self.shape:
             raise RepresentationError(
                 f"a map of shape {tuple(maps.shape)} does not go from {self.inputs} to {self.outputs}: expected "
                 f"(..., {self.shape[0]}, {self.shape[1]})"
@@ -227,8 +239,40 @@ def intertwiners(inputs: object, outputs: object, *, group: Group | None = None)
     )
 
 
+class _Place:
+    """Where the copies of one irreducible atom lie in a map, as strides in units of a row and a column."""
+
+    def __init__(self, rows: slice, outputs: Block, columns: slice, inputs: Block) -> None:
+        self.rows, self.outputs, self.columns, self.inputs = rows, outputs, columns, inputs
+        self.dim = outputs.atom.dim
+        self.shape = (outputs.multiplicity, inputs.multiplicity, self.dim)
+        self.down, self.down_copy = _steps(outputs)
+        self.right, self.right_copy = _steps(inputs)
+
+    def diagonals(self, maps: Tensor) -> Tensor:
+        """View the diagonals of all copies as (..., mul_out, mul_in, d), in one operation.
+
+        That is `_copies(block, ...).diagonal()`, whose five views would cost small maps as much as the arithmetic;
+        compiled, they cost nothing.
+        """
+        if torch.compiler.is_compiling():
+            block = maps[..., self.rows, self.columns]
+            return _copies(block, self.outputs, self.inputs).diagonal(dim1=-2, dim2=-1)
+        *lead, row, column = maps.stride()
+        return maps.as_strided(
+            (*maps.shape[:-2], *self.shape),
+            (*lead, self.down_copy * row, self.right_copy * column, self.down * row + self.right * column),
+            maps.storage_offset() + self.rows.start * row + self.columns.start * column,
+        )
+
+
+def _steps(block: Block) -> tuple[int, int]:
+    """How far apart neighbouring entries of one copy are, and neighbouring copies."""
+    return (1, block.atom.dim) if block.layout == "mul_ir" else (block.multiplicity, 1)
+
+
 @lru_cache(maxsize=1024)
-def _plan(outputs: Representation, inputs: Representation) -> tuple[tuple[tuple[slice, slice], Block, Block], ...]:
+def _plan(outputs: Representation, inputs: Representation) -> tuple[_Pair, ...]:
     """The blocks that hold equivariant maps at all."""
     return tuple(
         ((rows, columns), b, a)

@@ -195,6 +195,8 @@ def value_at(schedule: Schedule, step: int) -> float:
         ScheduleError: if the value is not a finite number.
     """
     value = schedule(step)
+    if type(value) is float and math.isfinite(value):  # before messages are composed, for this runs in every step
+        return value
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise ScheduleError(f"schedule {schedule!r} returned {value!r} at step {step}: expected a float")
     _require_finite(f"schedule {schedule!r} at step {step}", value)

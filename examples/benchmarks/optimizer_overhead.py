@@ -2,9 +2,11 @@
 
     python -m examples.benchmarks.optimizer_overhead [--counts 10 100 1000] [--steps 30] [--device cpu] [--irreps ...]
 
-A network of N relaxed e3nn layers; gradients are fixed, so that only optimizers are timed. Every variant owns a copy of
-the network. Variants take turns, and medians are compared. Stock Cooper owns forward and backward, so its `roll` is
-timed on a loss of one product per parameter, and compared with a plain step with that same loss.
+Networks of N relaxed e3nn layers, and the SEGNN of published size; gradients are fixed, so that only optimizers are
+timed. Every variant owns a copy of the network. Variants take turns, and medians are compared. Of the SEGNN, what our
+step costs beyond Adam's is also compared with a whole training step on the published batch of 100. Stock Cooper owns
+forward and backward, so its `roll` is timed on a loss of one product per parameter, and compared with a plain step with
+that same loss.
 """
 
 import argparse
@@ -19,7 +21,7 @@ from e3nn import o3
 from torch import Tensor, nn
 
 import constrained_equiv as ce
-from examples.benchmarks.step_overhead import interleaved
+from examples.benchmarks.step_overhead import interleaved, segnn, training_step
 
 Step = Callable[[], object]
 
@@ -32,6 +34,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--without-cooper", action="store_true", help="leave stock Cooper out")
+    parser.add_argument("--without-segnn", action="store_true", help="leave the SEGNN out")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     device = torch.device(options.device)
@@ -41,6 +44,8 @@ def main() -> None:
         for count in options.counts:
             steps = max(options.steps * 100 // max(count, 100), 5)
             report(count, irreps, device, steps, not options.without_cooper)
+    if not options.without_segnn:
+        report_segnn(device, options.steps)
 
 
 def report(count: int, irreps: str, device: torch.device, steps: int, stock: bool) -> None:
@@ -64,6 +69,28 @@ def report(count: int, irreps: str, device: torch.device, steps: int, stock: boo
             for name, label in (("vector", "1 constraint of N"), ("objects", "N constraints"))
         ]
         print(f"{'':>9} loss + Adam {1e3 * times['loss']:.2f} ms | " + " | ".join(cells), flush=True)
+
+
+def report_segnn(device: torch.device, steps: int) -> None:
+    """Print the ratios on the SEGNN, and which share of its training step our step adds to Adam's."""
+    plain_network, inputs, choices = segnn()
+    inputs = [tensor.to(device) for tensor in inputs]
+    for title, (where, adapter) in choices.items():
+        free, complement = (
+            ce.relax(copy.deepcopy(plain_network), where=where, adapter=adapter, complement=form).to(device)
+            for form in (False, True)
+        )
+        runs = {"Adam": plain(complement), "free": constrained(free), "complement": constrained(complement)}
+        optimizers = interleaved(runs, 10 * steps, device)
+        whole = interleaved({"training step": training_step(complement, inputs)}, steps, device)["training step"]
+        terms, tensors = len(ce.relaxations(complement)), len(list(complement.parameters()))
+        print(
+            f"\nSEGNN, {title}: {terms} terms, {tensors} parameter tensors; "
+            f"Adam {1e3 * optimizers['Adam']:.2f} ms, training step {1e3 * whole:.0f} ms"
+        )
+        for name in ("free", "complement"):
+            extra = optimizers[name] - optimizers["Adam"]
+            print(f"ours, {name:<12}{optimizers[name] / optimizers['Adam']:.2f} of Adam, {extra / whole:.2%} of a step")
 
 
 def network(count: int, irreps: str, complement: bool, device: torch.device) -> nn.Module:

@@ -1,5 +1,6 @@
 """A step costs a number of operations that does not grow with the number of terms, and the host reads nothing."""
 
+import itertools
 from collections import Counter
 from typing import Any
 
@@ -68,12 +69,12 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "projection": {"enforce": "projection"},
     "proximal": {"enforce": "proximal"},
 }
-CASES = [
-    *((record, "default") for record in RECORDS),
-    *(("weight", option) for option in OPTIONS),
-    *((record, option) for record in ("blocks", "shared", "generators", "subgroup") for option in ("projection",)),
-    *((record, "proximal") for record in ("blocks", "subgroup")),
-]
+REFUSED = {
+    *((record, option) for record in ("linear slack", "budget") for option in ("lagrangian", "quadratic penalty")),
+    *((record, "projection") for record in ("linear slack", "budget")),
+    *((record, "proximal") for record in ("activation", "lie", "shared", "generators")),
+}
+CASES = [case for case in itertools.product(RECORDS, OPTIONS) if case not in REFUSED]
 
 
 class Idle(torch.optim.SGD):
@@ -110,7 +111,23 @@ def test_the_number_of_operations_is_constant_in_the_number_of_terms(record: str
         # gradients that are absent are cleared or allocated one by one, which is no operation of the step itself
         found.append(mode.counts - Counter({"aten::zeros_like": mode.counts["aten::zeros_like"]}))
     assert found[0] == found[1]
-    assert sum(found[0].values()) < 300  # most of them views
+    assert sum(found[0].values()) < 400  # most of them views
+
+
+@pytest.mark.parametrize(("complement", "most"), [(False, 22), (True, 40)])
+def test_the_usual_step_is_short(complement: bool, most: int) -> None:
+    """Each operation counts where terms are few and small; four are the profiler marks of both optimizers."""
+    model = nn.ModuleList(nn.Linear(8, 8) for _ in range(10))
+    adapter = ce.adapters.linear("2x0e + 2x1o", "2x0e + 2x1o")
+    ce.relax(model, where=lambda n, m: isinstance(m, nn.Linear), adapter=adapter, complement=complement, init=0.1)
+    optimizer = ce.ConstrainedOptimizer(Idle(model.parameters(), lr=0.1), ce.constraints.weight(model, level=0.1))
+    for parameter in model.parameters():
+        parameter.grad = torch.randn_like(parameter)
+    with Operations() as mode:
+        optimizer.step()
+        first = mode.counts.total()
+        optimizer.step()
+    assert mode.counts.total() - first <= most
 
 
 @pytest.mark.parametrize(("record", "option"), CASES)
