@@ -71,7 +71,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 CASES = [
     *((record, "default") for record in RECORDS),
     *(("weight", option) for option in OPTIONS),
-    *((record, option) for record in ("blocks", "shared", "generators", "subgroup") for option in ("projection",)),
+    *((record, "projection") for record in ("blocks", "shared", "generators", "subgroup")),
     *((record, "proximal") for record in ("blocks", "subgroup")),
 ]
 
