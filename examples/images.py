@@ -14,9 +14,10 @@ import torch
 from torch import Tensor, nn
 
 import constrained_equiv as ce
-from examples import command, harness
+from examples import command
 from examples.data import mnist_rot
 from examples.models.steerable_cnn import SteerableCNN
+from examples.task import Batch, Task
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -24,26 +25,26 @@ def main(arguments: list[str] | None = None) -> None:
     command.run(make_task(options), options, scale=100)
 
 
-def make_task(options: argparse.Namespace) -> harness.Task:
+def make_task(options: argparse.Namespace) -> Task:
     """Name the digit, however it is turned."""
     if options.data:
         splits = mnist_rot.load(options.data)
     else:
         splits = mnist_rot.synthetic(options.samples, seed=options.data_seed)
 
-    def loss(model: nn.Module, batch: harness.Batch) -> Tensor:
+    def loss(model: nn.Module, batch: Batch) -> Tensor:
         return nn.functional.cross_entropy(model(batch[0]), batch[1])
 
     @torch.no_grad()
-    def error_rate(model: nn.Module, batch: harness.Batch) -> Tensor:
+    def error_rate(model: nn.Module, batch: Batch) -> Tensor:
         return (model(batch[0]).argmax(-1) != batch[1]).float().mean()
 
     # other turns of the network's group hold as well as pixels allow: the check takes those that the grid carries
     group = ce.groups.dihedral(4) if options.reflections else ce.groups.cyclic(4)
-    return harness.Task(
+    return Task(
         name="rotated images",
-        build=lambda: SteerableCNN(
-            10, width=options.width, rotations=options.rotations, reflections=options.reflections
+        build=lambda width: SteerableCNN(
+            10, width=round(width * options.width), rotations=options.rotations, reflections=options.reflections
         ),
         train=tuple(tensor[: options.samples] for tensor in splits.train.tensors),
         val=splits.val.tensors,
@@ -57,7 +58,7 @@ def make_task(options: argparse.Namespace) -> harness.Task:
     )
 
 
-def turn(batch: harness.Batch, generator: torch.Generator) -> harness.Batch:
+def turn(batch: Batch, generator: torch.Generator) -> Batch:
     """Turn every image by a random multiple of 90 degrees."""
     images, *rest = batch
     turns = torch.randint(4, (len(images),), generator=generator).tolist()

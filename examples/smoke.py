@@ -14,9 +14,10 @@ import torch
 from torch import Tensor, nn
 
 import constrained_equiv as ce
-from examples import command, harness
+from examples import command
 from examples.data import smoke
 from examples.models.steerable_cnn import FlowCNN
+from examples.task import Batch, Task
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -24,20 +25,20 @@ def main(arguments: list[str] | None = None) -> None:
     command.run(make_task(options), options)
 
 
-def make_task(options: argparse.Namespace) -> harness.Task:
+def make_task(options: argparse.Namespace) -> Task:
     """Predict the next velocity field."""
     if options.data:
         splits = smoke.load(options.data, history=options.history, coarsen=options.coarsen)
     else:
         splits = smoke.synthetic(options.samples, seed=options.data_seed, history=options.history)
 
-    def loss(model: nn.Module, batch: harness.Batch) -> Tensor:
+    def loss(model: nn.Module, batch: Batch) -> Tensor:
         return (model(batch[0]) - batch[1]).square().mean()
 
     order = torch.randperm(len(splits.train), generator=torch.Generator().manual_seed(options.data_seed))
-    return harness.Task(
+    return Task(
         name="smoke",
-        build=lambda: FlowCNN(history=options.history, width=options.width, layers=options.layers),
+        build=lambda width: FlowCNN(history=options.history, width=round(width * options.width), layers=options.layers),
         train=tuple(tensor[order[: options.samples]] for tensor in splits.train.tensors),
         val=splits.val.tensors,
         test=splits.test.tensors,
