@@ -30,7 +30,7 @@ from examples.methods import LEVEL_ENDS, Method
 from examples.task import Batch, Task
 
 EVALUATION_BATCH = 100  # samples, or the batch of training where that is larger
-CURVE_POINTS = 24  # of the validation curve before the selection window, inside which every epoch is evaluated
+CURVE_POINTS = 12  # of the validation curve before the selection window, inside which every epoch is evaluated
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,10 @@ import constrained_equiv as ce
 from examples import command
 from examples.data import smoke
 from examples.models.steerable_cnn import FlowCNN
-from examples.task import Batch, Task
+from examples.task import Batch, Extra, Task
+
+PAST = 31  # of the 51 frames of a run, those to train on; the others test the future
+ROLLOUT = 6
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -27,8 +30,14 @@ def main(arguments: list[str] | None = None) -> None:
 
 def make_task(options: argparse.Namespace) -> Task:
     """Predict the next velocity field."""
+    extra = {}
     if options.data:
-        splits = smoke.load(options.data, history=options.history, coarsen=options.coarsen)
+        kept = {"history": options.history, "coarsen": options.coarsen}
+        early, late = slice(0, PAST), slice(PAST - options.history, None)
+        splits = smoke.load(options.data, **kept, frames=early)._replace(test=smoke.load(options.data, **kept).test)
+        extra["RMSE, later times"] = Extra(smoke.load(options.data, **kept, frames=late).train.tensors, error)
+        far = smoke.load(options.data, **kept, ahead=ROLLOUT).test
+        extra[f"RMSE, rolled out {ROLLOUT} frames"] = Extra(far.tensors, rollout_error)
     else:
         splits = smoke.synthetic(options.samples, seed=options.data_seed, history=options.history)
 
@@ -43,11 +52,27 @@ def make_task(options: argparse.Namespace) -> Task:
         val=splits.val.tensors,
         test=splits.test.tensors,
         loss=loss,
-        metric=torch.no_grad()(loss),
+        metric=error,
         inputs=lambda batch: batch[0],
         symmetry=ce.Symmetry(ce.groups.cyclic(4), inputs=quarter_turn, outputs=quarter_turn),
-        metric_name="MSE",
+        metric_name="RMSE",
+        extra=extra,
     )
+
+
+@torch.no_grad()
+def error(model: nn.Module, batch: Batch) -> Tensor:
+    """Root mean square over the cells of a field, mean over the batch."""
+    return (model(batch[0]) - batch[1]).square().mean((1, 2, 3)).sqrt().mean()
+
+
+@torch.no_grad()
+def rollout_error(model: nn.Module, batch: Batch) -> Tensor:
+    """The same for the last frame of a forecast that the model makes from its own forecasts."""
+    fields, target, *_ = batch
+    for _ in range(ROLLOUT):
+        fields = torch.cat([fields[:, 2:], model(fields)], dim=1)
+    return (fields[:, -2:] - target).square().mean((1, 2, 3)).sqrt().mean()
 
 
 def quarter_turn(element: Tensor, fields: Tensor) -> Tensor:
