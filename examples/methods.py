@@ -67,7 +67,7 @@ class Method:
     penalties: Literal["lie", "distance"] = "lie"
     price: float | None = None
     init: float | Literal["linear"] = 0.0
-    layers: Literal["all", "published", "first half", "last half"] = "all"
+    layers: Literal["all", "published", "first half", "second half"] = "all"
     options: Mapping[str, Any] = field(default_factory=dict)
     optimizer: Literal["adam", "block adam", "muon"] = "adam"
     rate: float = 1.0
@@ -122,7 +122,7 @@ METHODS = {
         *(Method(f"primal-dual, until {until:g}", until=until) for until in (0.2, 0.4, 0.6)),
         *(Method(f"primal-dual, init {init:g}", init=init) for init in (1e-2, 5e-2)),
         *(Method(f"primal-dual, {measure}", measure=measure) for measure in ("relative", "lie")),
-        *(Method(f"primal-dual, {layers}", layers=layers) for layers in ("first half", "last half")),
+        *(Method(f"primal-dual, {layers}", layers=layers) for layers in ("first half", "second half")),
         Method("primal-dual, published layers", layers="published"),
         Method("primal-dual, restart", restart=True),
         Method("primal-dual, tail annealing", anneal="tail"),

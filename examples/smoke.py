@@ -81,7 +81,8 @@ def quarter_turn(element: Tensor, fields: Tensor) -> Tensor:
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = command.parser(__doc__, out="smoke", epochs=30, samples=300, batch=16, lr=2e-3)
+    default = [*command.DEFAULT_METHODS, "resilient"]
+    parser = command.parser(__doc__, out="smoke", epochs=30, samples=300, batch=16, lr=2e-3, default=default)
     parser.add_argument("--history", type=int, default=2, help="frames in the input")
     parser.add_argument("--coarsen", type=int, default=2, help="of recorded data: average blocks of so many cells")
     parser.add_argument("--width", type=int, default=4)
