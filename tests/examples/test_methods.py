@@ -87,7 +87,7 @@ def test_a_name_is_an_arm_a_rate_and_no_turns() -> None:
     assert (method.start, method.rate, method.augment) == (0.1, 0.5, False)
     assert (method.base, method.family) == ("primal-dual, start 0.1", "primal-dual, start 0.1, no turns")
     assert {method.family for method in METHODS.values()} == set(METHODS)
-    with pytest.raises(ValueError, match="found arm 'strickt'.*expected one of strict"):
+    with pytest.raises(ValueError, match=r"found arm 'strickt'.*expected one of strict"):
         methods.find("strickt")
 
 
@@ -138,7 +138,7 @@ def test_halves_share_the_layers_out(task: Task) -> None:
 
 
 def test_terms_that_outlive_the_start_of_selection_are_refused(task: Task, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="expected at most 0.8"):
+    with pytest.raises(ValueError, match=r"expected at most 0\.8"):
         harness.run(task, replace(METHODS["primal-dual"], until=0.9), 0, SETTINGS, tmp_path)
 
 
