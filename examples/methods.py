@@ -115,7 +115,11 @@ METHODS = {
         Method("folded", complement=False, ends="fold"),
         Method("folded, projection", complement=False, ends="fold", options={"enforce": "projection"}),
         Method("free, dropped", complement=False),
-        Method("resilient", price=0.01, ends="keep"),
+        # ours for data that may break the symmetry: what earns its price stays
+        *(
+            Method(f"resilient{'' if price == 0.01 else f', price {price:g}'}", price=price, ends="keep")
+            for price in (0.01, 0.001, 0.1, 1.0)
+        ),
         # ablations of ours
         *(Method(f"primal-dual, {shape}", shape=shape) for shape in ("linear", "exponential")),
         *(Method(f"primal-dual, start {start:g}", start=start) for start in (0.1, 0.25, 1.0, 2.0)),

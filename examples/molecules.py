@@ -64,7 +64,8 @@ def make_task(options: argparse.Namespace) -> Task:
         metric=force_error,
         inputs=lambda batch: batch[:2],
         symmetry=ce.Symmetry(ce.groups.E3(), inputs=(ce.actions.points, None), outputs=(None, ce.actions.vectors)),
-        where=lambda name, layer: name.endswith((".before", ".after", ".own")),  # maps on atoms; edges stay as they are
+        # the linear maps on atoms, whose terms can be folded; the maps on edges and those by species stay as they are
+        where=lambda name, layer: name.endswith((".before", ".after")),
         augment=turn,
         metric_name="force MAE (kcal/mol/A)",
     )

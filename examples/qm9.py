@@ -86,7 +86,8 @@ def make_task(options: argparse.Namespace) -> Task:
         metric=error,
         inputs=lambda batch: batch[:2],
         symmetry=ce.Symmetry(ce.groups.E3(), inputs=(ce.actions.points, None), outputs=None),
-        where=lambda name, layer: name.endswith((".before", ".after", ".own")),  # maps on atoms; edges stay as they are
+        # the linear maps on atoms, whose terms can be folded; the maps on edges and those by species stay as they are
+        where=lambda name, layer: name.endswith((".before", ".after")),
         augment=turn,
         metric_name=f"MAE ({unit})",
     )
