@@ -9,6 +9,7 @@ the expanded filter of each `R2Conv`, so that one convolution does both.
 """
 
 import argparse
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 import constrained_equiv as ce
 from examples import command
 from examples.data import mnist_rot
+from examples.data._npz import Splits
 from examples.models.steerable_cnn import SteerableCNN
 from examples.task import Batch, Task
 
@@ -27,10 +29,15 @@ def main(arguments: list[str] | None = None) -> None:
 
 def make_task(options: argparse.Namespace) -> Task:
     """Name the digit, however it is turned."""
-    if options.data:
-        splits = mnist_rot.load(options.data)
-    else:
-        splits = mnist_rot.synthetic(options.samples, seed=options.data_seed)
+
+    def load(pose: Literal["rotated", "upright"]) -> Splits[mnist_rot.Images]:
+        if options.data:
+            return mnist_rot.load(options.data, pose=pose)
+        return mnist_rot.synthetic(options.samples, seed=options.data_seed, pose=pose)
+
+    splits = load("rotated")
+    if options.upright:
+        splits = load("upright")._replace(test=splits.test)
 
     def loss(model: nn.Module, batch: Batch) -> Tensor:
         return nn.functional.cross_entropy(model(batch[0]), batch[1])
@@ -73,6 +80,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--width", type=int, default=2, help="24 is the published size")
     parser.add_argument("--rotations", type=int, default=8)
     parser.add_argument("--reflections", action="store_true")
+    parser.add_argument("--upright", action="store_true", help="train on upright images, test on turned ones")
     parser.add_argument("--held-out", type=int, default=2_000, help="images to validate and to test, at most")
     return parser.parse_args(arguments)
 

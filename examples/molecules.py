@@ -16,7 +16,7 @@ import constrained_equiv as ce
 from examples import command
 from examples.data import rmd17
 from examples.models.nequip_style import NequIP
-from examples.task import Batch, Task
+from examples.task import Batch, Extra, Task
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -48,6 +48,11 @@ def make_task(options: argparse.Namespace) -> Task:
         positions, numbers, _, forces = batch
         return (model(positions, numbers)[1].detach() - forces).abs().mean()
 
+    def energy_error(model: nn.Module, batch: Batch) -> Tensor:
+        positions, numbers, energies, _ = batch
+        return (model(positions, numbers)[0].detach() - energies).abs().mean()
+
+    test = tensors(splits.test)
     return Task(
         name=f"molecule, {options.molecule if options.data else 'simulated chain'}",
         build=lambda width: NequIP(
@@ -59,7 +64,7 @@ def make_task(options: argparse.Namespace) -> Task:
         ),
         train=tensors(train),
         val=tensors(splits.val),
-        test=tensors(splits.test),
+        test=test,
         loss=loss,
         metric=force_error,
         inputs=lambda batch: batch[:2],
@@ -68,6 +73,7 @@ def make_task(options: argparse.Namespace) -> Task:
         where=lambda name, layer: name.endswith((".before", ".after")),
         augment=turn,
         metric_name="force MAE (kcal/mol/A)",
+        extra={"energy MAE (kcal/mol)": Extra(test, energy_error)},
     )
 
 

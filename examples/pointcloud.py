@@ -28,7 +28,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def make_task(options: argparse.Namespace) -> Task:
-    """Name the shape, whatever its pose."""
+    """Name the shape, whatever its pose: those to validate and to test are in random poses."""
     if options.data:
         splits = modelnet.load(options.data, points=options.points, seed=options.data_seed)
         classes = len(modelnet.CLASSES)
@@ -43,14 +43,15 @@ def make_task(options: argparse.Namespace) -> Task:
     def error_rate(model: nn.Module, batch: Batch) -> Tensor:
         return (model(batch[0]).argmax(-1) != batch[1]).float().mean()
 
+    poses = torch.Generator().manual_seed(options.data_seed)
     return Task(
         name=f"point clouds, {options.model}",
         build=lambda width: MODELS[options.model](
             classes, width=round(width * options.width), k=options.neighbours, dropout=options.dropout
         ),
         train=tuple(tensor[: options.samples] for tensor in splits.train.tensors),
-        val=splits.val.tensors,
-        test=splits.test.tensors,
+        val=turn(splits.val.tensors, poses),
+        test=turn(splits.test.tensors, poses),
         loss=loss,
         metric=error_rate,
         inputs=lambda batch: batch[0],
