@@ -1,13 +1,25 @@
 """The command line that all examples share: options in, table and plots out."""
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
-from examples import harness, report
-from examples.methods import METHODS
+from examples import harness, methods, report
+from examples.task import Task
+
+DEFAULT_METHODS = ("strict", "triangle", "gate", "primal-dual")
 
 
-def parser(description: str, *, out: str, epochs: int, samples: int, batch: int, lr: float) -> argparse.ArgumentParser:
+def parser(
+    description: str,
+    *,
+    out: str,
+    epochs: int,
+    samples: int,
+    batch: int,
+    lr: float,
+    default: Sequence[str] = DEFAULT_METHODS,
+) -> argparse.ArgumentParser:
     """Return a parser with the shared options; an example adds its own.
 
     Args:
@@ -17,9 +29,11 @@ def parser(description: str, *, out: str, epochs: int, samples: int, batch: int,
         samples: default number of training samples.
         batch: default batch size.
         lr: default initial learning rate.
+        default: arms that run without --methods.
     """
     result = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    result.add_argument("--methods", nargs="+", choices=list(METHODS), default=["strict", "triangle", "primal-dual"])
+    arms = f"arms of methods.py, for example {', '.join(default)} (the default)"
+    result.add_argument("--methods", nargs="+", type=arm, metavar="ARM", default=list(default), help=arms)
     result.add_argument("--seeds", nargs="+", type=int, default=[0, 1])
     result.add_argument("--epochs", type=int, default=epochs)
     result.add_argument("--samples", type=int, default=samples, help="training samples")
@@ -33,7 +47,21 @@ def parser(description: str, *, out: str, epochs: int, samples: int, batch: int,
     return result
 
 
-def run(task: harness.Task, options: argparse.Namespace, *, scale: float = 1.0) -> None:
+def arm(name: str) -> str:
+    """Return the name of an arm, or tell argparse which there are."""
+    try:
+        return methods.find(name).name
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def widened(irreps: str, width: float) -> str:
+    """Multiply the multiplicities of e3nn's irreps: `widened("8x0e+4x1o", 1.5)` is `"12x0e+6x1o"`."""
+    parts = (part.strip().split("x") for part in irreps.split("+"))
+    return "+".join(f"{max(1, round(width * int(count)))}x{irrep}" for count, irrep in parts)
+
+
+def run(task: Task, options: argparse.Namespace, *, scale: float = 1.0) -> None:
     """Train every method with every seed, then print the table and write results and plots.
 
     Args:
@@ -47,7 +75,7 @@ def run(task: harness.Task, options: argparse.Namespace, *, scale: float = 1.0) 
     try:
         for seed in options.seeds:
             for method in options.methods:
-                record = harness.run(task, METHODS[method], seed, settings, options.out, resume=options.resume)
+                record = harness.run(task, methods.find(method), seed, settings, options.out, resume=options.resume)
                 records.append(record)
                 result = f"test {task.metric_name} {record['test']:.4g}"
                 print(f"{method}, seed {seed}: {result} after {record['wall_seconds']:.0f} s", flush=True)

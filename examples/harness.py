@@ -1,8 +1,8 @@
-"""One training loop for all examples: the methods differ in how the model is prepared and in nothing else.
+"""One training loop for all examples: the arms differ in how the model is prepared and in nothing else.
 
 Enter a `Task` (model, data, loss, symmetry) and a `Method` (how to relax and constrain); leave a record of one run:
-what was selected on validation with the terms off, its test metric, equivariance errors, parameters, step time, curves.
-The one law: every method sees the same splits, batches, initial weights, steps and selection window, and a run that
+what was selected on validation as it will be tested, its test metric, errors, parameters, step time, curves.
+The one law: every arm sees the same splits, batches, initial weights, steps and selection window, and a run that
 was interrupted goes on exactly where its last finished epoch left it.
 """
 
@@ -11,58 +11,26 @@ import json
 import math
 import os
 import platform
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
 import constrained_equiv as ce
+from examples import methods
+from examples.methods import LEVEL_ENDS, Method
+from examples.task import Batch, Task
 
-Batch = tuple[Tensor, ...]
-
-LEVEL_ENDS = 0.8  # fraction of training after which every schedule is zero; the tail trains the equivariant model alone
-
-
-@dataclass(frozen=True)
-class Task:
-    """What is learned.
-
-    Attributes:
-        name: for files and titles.
-        build: makes the plain equivariant model; called under the run's seed.
-        train: tensors of the training split, first axis samples.
-        val: of the validation split.
-        test: of the test split.
-        loss: `loss(model, batch)`, a mean over the batch.
-        metric: `metric(model, batch)`, a mean over the batch; smaller is better.
-        inputs: `inputs(batch)`, what the model is called with (a tuple where it takes several arguments).
-        symmetry: of the whole pipeline from inputs to outputs.
-        where: chooses the layers to relax; None for all that have an adapter.
-        adapter: how to relax them; None for the built-in ways.
-        augment: `augment(batch, generator)`, random group elements for the batches; None for none.
-        metric_name: for tables and plots.
-    """
-
-    name: str
-    build: Callable[[], nn.Module]
-    train: Batch
-    val: Batch
-    test: Batch
-    loss: Callable[[nn.Module, Batch], Tensor]
-    metric: Callable[[nn.Module, Batch], Tensor]
-    inputs: Callable[[Batch], Any]
-    symmetry: ce.Symmetry
-    where: Callable[[str, nn.Module], bool] | None = None
-    adapter: ce.adapters.Adapter | None = None
-    augment: Callable[[Batch, torch.Generator], Batch] | None = None
-    metric_name: str = "MSE"
+EVALUATION_BATCH = 100  # samples, or the batch of training where that is larger
+CURVE_POINTS = 12  # of the validation curve before the selection window, inside which every epoch is evaluated
 
 
 @dataclass(frozen=True)
@@ -72,7 +40,7 @@ class Settings:
     Attributes:
         epochs: passes over the training split.
         batch_size: samples in a step.
-        lr: initial rate of Adam, annealed to 1 % of it along a cosine.
+        lr: initial rate of Adam, annealed to 1 % of it.
         device: where tensors live.
     """
 
@@ -85,38 +53,34 @@ class Settings:
         """Return the optimizer steps of an epoch; the last, smaller batch counts."""
         return math.ceil(samples / self.batch_size)
 
-
-@dataclass(frozen=True)
-class Method:
-    """How a model is trained.
-
-    Attributes:
-        name: for tables.
-        prepare: `prepare(model, task, steps, lr)` relaxes the model in place and returns its optimizer.
-        finish: keyword arguments of `ce.finalize`, for methods that leave terms above their level or fold them.
-        folds: whether the equivariant part of the terms stays, so that validation leaves the terms on.
-        augment: whether the task's augmentation is used.
-    """
-
-    name: str
-    prepare: Callable[[nn.Module, Task, int, float], torch.optim.Optimizer]
-    finish: dict[str, Any] = field(default_factory=dict)
-    folds: bool = False
-    augment: bool = True
+    @property
+    def selection_starts(self) -> int:
+        """First epoch that may be selected, for every arm: the second one without terms, or the last one."""
+        return min(int(LEVEL_ENDS * self.epochs) + 1, self.epochs - 1)
 
 
 @dataclass
 class Progress:
-    """What a run has reached; saved after every epoch."""
+    """What a run has reached; saved after every epoch.
+
+    Lists have an entry for each epoch, `val` pairs of epoch and value. `gradient` and `term_gradient` are norms of the
+    task's gradient in the epoch's last step; `value`, `level` and `multiplier` are means over the constraints after it.
+    """
 
     epoch: int = 0
     best: float = math.inf
     best_epoch: int = -1
-    train_loss: list[float] = field(default_factory=list)
-    val: list[float] = field(default_factory=list)
-    relaxed_error: float = 0.0
+    train: list[float] = field(default_factory=list)
+    val: list[tuple[int, float]] = field(default_factory=list)
+    gradient: list[float] = field(default_factory=list)
+    term_gradient: list[float] = field(default_factory=list)
+    value: list[float] = field(default_factory=list)
+    level: list[float] = field(default_factory=list)
+    multiplier: list[float] = field(default_factory=list)
     step_seconds: list[float] = field(default_factory=list)
+    relaxed_error: float = 0.0
     wall_seconds: float = 0.0
+    cpu_seconds: float = 0.0
 
 
 def run(
@@ -133,85 +97,99 @@ def run(
         resume: go on from the checkpoint if there is one; without it the run starts anew.
 
     Returns:
-        The record: configuration, versions, curves, `test`, errors, parameters, `step_ms`.
+        The record: configuration, versions, curves, `test`, `extra`, errors, parameters, `step_ms`.
 
     Raises:
-        ValueError: if the checkpoint belongs to other settings.
+        ValueError: if the checkpoint belongs to other settings, or the arm's terms outlive the start of selection.
     """
+    if method.until > LEVEL_ENDS:
+        raise ValueError(
+            f"{method.name!r} has terms until {method.until}: expected at most {LEVEL_ENDS}, for selection"
+        )
     folder.mkdir(parents=True, exist_ok=True)
     stem = f"{method.name}-{seed}"
     checkpoint = folder / f"{stem}.pt"
     configuration = {
         "task": task.name,
         "method": method.name,
+        "family": method.family,
+        "arm": asdict(method),
         "seed": seed,
         "samples": len(task.train[0]),
         **asdict(settings),
     }
+    task = task.to(settings.device)
     torch.manual_seed(seed)
-    model = task.build().to(settings.device).train()  # escnn: a layer never told so holds an empty cached filter
-    parameters = sum(p.numel() for p in model.parameters())
+    # escnn: a layer never told that it is in training holds an empty cached filter
+    model = methods.build(method, task).to(settings.device).train()
+    parameters = _count(model)
     untouched = copy.deepcopy(model)
     steps = settings.epochs * settings.steps_per_epoch(len(task.train[0]))
-    optimizer = method.prepare(model, task, steps, settings.lr)
-    anneal = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps, eta_min=0.01 * settings.lr)
+    optimizer = methods.prepare(method, model, task, steps=steps, lr=settings.lr)
+    anneal = torch.optim.lr_scheduler.LambdaLR(optimizer, methods.annealing(method, steps))
     constrained = isinstance(optimizer, ce.ConstrainedOptimizer)
     monitor = ce.monitor.Monitor(optimizer, every=max(1, steps // 400)) if constrained else None
     progress, best_state = Progress(), copy.deepcopy(model.state_dict())
     if resume and checkpoint.exists():
         progress, best_state = _load(checkpoint, configuration, model, optimizer, anneal, monitor)
 
-    tail = int(LEVEL_ENDS * settings.epochs) + 1  # selection starts when every method's terms are gone
+    window, spacing = settings.selection_starts, max(1, settings.epochs // CURVE_POINTS)
     bar = tqdm(range(progress.epoch, settings.epochs), stem, settings.epochs, initial=progress.epoch, disable=None)
     for epoch in bar:
-        started = time.perf_counter()
-        augment = task.augment if method.augment else None
-        loss = _epoch(task, augment, model, optimizer, anneal, seed, epoch, settings, progress)
-        progress.train_loss.append(loss)
-        with nullcontext() if method.folds else ce.disabled(model):
-            progress.val.append(evaluate(task, model, task.val, settings))
-        if epoch % max(1, settings.epochs // 10) == 0:
-            progress.relaxed_error = max(progress.relaxed_error, _error(task, model, settings))
-        if epoch >= min(tail, settings.epochs - 1) and progress.val[-1] < progress.best:
-            progress.best, progress.best_epoch = progress.val[-1], epoch
+        started, spent = time.perf_counter(), time.process_time()
+        _epoch(task, method, model, optimizer, anneal, seed, epoch, settings, progress)
+        if epoch >= window or epoch % spacing == 0:
+            with ce.disabled(model) if method.ends == "drop" else nullcontext():
+                progress.val.append((epoch, evaluate(task, model, settings)))
+        if epoch % max(1, settings.epochs // 10) == 0 and ce.relaxations(model):
+            progress.relaxed_error = max(progress.relaxed_error, _error(task, model))
+        if epoch >= window and not progress.val[-1][1] >= progress.best:  # a run that diverged is selected, and shows
+            progress.best, progress.best_epoch = progress.val[-1][1], epoch
             best_state = copy.deepcopy(model.state_dict())
         progress.epoch = epoch + 1
         progress.wall_seconds += time.perf_counter() - started
-        bar.set_postfix_str(f"loss {loss:.3g}, val {progress.val[-1]:.3g}{_watch(optimizer)}")
+        progress.cpu_seconds += time.process_time() - spent
+        bar.set_postfix_str(_watch(progress))
         _save(checkpoint, configuration, model, optimizer, anneal, monitor, progress, best_state)
 
     model.load_state_dict(best_state)
-    trained = sum(p.numel() for p in model.parameters())
-    before = after = _error(task, model, settings)
-    if ce.relaxations(model):
+    trained = _count(model)
+    before = after = _error(task, model)
+    notes: tuple[str, ...] = ()
+    if isinstance(optimizer, ce.ConstrainedOptimizer):
         report = ce.finalize(
             model,
             optimizer=optimizer,
             batches=list(batches(task.train, settings, None)),
             forward=lambda m, batch: _call(m, task.inputs(batch)),
             symmetry=task.symmetry,
-            **method.finish,
+            fold=method.ends == "fold",
+            on_violation=_on_violation(method),
         )
-        before, after = report.error_before or 0.0, report.error_after or 0.0
-    untouched.load_state_dict(model.state_dict())  # the same class and keys as before, or this raises
+        before, after, notes = report.error_before or 0.0, report.error_after or 0.0, report.notes
+    kept = {relaxation.name: _size(relaxation) for relaxation in ce.relaxations(model)}
+    if not kept:
+        untouched.load_state_dict(model.state_dict())  # the same class and keys as before, or this raises
+        model = untouched
+    curves = ("train", "val", "gradient", "term_gradient", "value", "level", "multiplier")
     record = {
         **configuration,
         "val": progress.best,
         "best_epoch": progress.best_epoch,
-        "test": evaluate(task, untouched, task.test, settings),
-        "error_relaxed": progress.relaxed_error,
+        "test": evaluate(task, model, settings, split=task.test),
+        "extra": {name: _mean(extra.metric, model, extra.split, settings) for name, extra in task.extra.items()},
+        "error_relaxed": max(progress.relaxed_error, before),
         "error_before": before,
         "error_after": after,
         "parameters": parameters,
         "parameters_trained": trained,
+        "kept": kept,
+        "notes": list(notes),
         "step_ms": 1e3 * median(progress.step_seconds),
         "wall_seconds": progress.wall_seconds,
-        "curves": {"train": progress.train_loss, "val": progress.val},
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "constrained_equiv": ce.__version__,
-        },
+        "cpu_seconds": progress.cpu_seconds,
+        "curves": {name: getattr(progress, name) for name in curves},
+        "versions": _versions(),
     }
     (folder / f"{stem}.json").write_text(json.dumps(record))
     if monitor is not None:
@@ -220,25 +198,31 @@ def run(
 
 
 def batches(split: Batch, settings: Settings, generator: torch.Generator | None) -> Iterator[Batch]:
-    """Cut a split into batches on the device, in random order if a generator is given."""
+    """Cut a split into batches, in random order if a generator is given."""
     count = len(split[0])
     order = torch.arange(count) if generator is None else torch.randperm(count, generator=generator)
-    for rows in order.split(settings.batch_size):
-        yield tuple(tensor[rows].to(settings.device) for tensor in split)
+    for rows in order.to(split[0].device).split(settings.batch_size):
+        yield tuple(tensor[rows] for tensor in split)
 
 
-def evaluate(task: Task, model: nn.Module, split: Batch, settings: Settings) -> float:
-    """Return the mean metric over a split, in evaluation mode."""
+def evaluate(task: Task, model: nn.Module, settings: Settings, *, split: Batch | None = None) -> float:
+    """Return the mean metric over a split, the validation split by default, in evaluation mode."""
+    return _mean(task.metric, model, task.val if split is None else split, settings)
+
+
+def _mean(metric: Callable[[nn.Module, Batch], Tensor], model: nn.Module, split: Batch, settings: Settings) -> float:
     was_training = model.training
     model.eval()
-    total = sum(float(task.metric(model, batch)) * len(batch[0]) for batch in batches(split, settings, None))
+    # without gradients, batches may be larger than those of training
+    wide = replace(settings, batch_size=max(settings.batch_size, EVALUATION_BATCH))
+    total = sum(float(metric(model, batch)) * len(batch[0]) for batch in batches(split, wide, None))
     model.train(was_training)
     return total / len(split[0])
 
 
 def _epoch(
     task: Task,
-    augment: Callable[[Batch, torch.Generator], Batch] | None,
+    method: Method,
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     anneal: torch.optim.lr_scheduler.LRScheduler,
@@ -246,44 +230,90 @@ def _epoch(
     epoch: int,
     settings: Settings,
     progress: Progress,
-) -> float:
+) -> None:
     generator = torch.Generator().manual_seed(1_000_003 * seed + epoch)  # resumed runs see the same batches
     torch.manual_seed(1_000_003 * seed + epoch)  # dropout
     model.train()
-    total = torch.zeros((), device=settings.device)
-    for batch in batches(task.train, settings, generator):
-        if augment is not None:
-            batch = augment(batch, generator)
-        started = time.perf_counter()
+    total, seconds = torch.zeros((), device=settings.device), []
+    count = settings.steps_per_epoch(len(task.train[0]))
+    for step, batch in enumerate(batches(task.train, settings, generator), start=1):
+        if task.augment is not None and method.augment:
+            batch = task.augment(batch, generator)
+        started = _now(settings)
         optimizer.zero_grad()
         loss = task.loss(model, batch)
         loss.backward()
+        if step == count:
+            _gradients(model, progress)  # before the constraints add theirs
         optimizer.step()
         anneal.step()
-        progress.step_seconds.append(time.perf_counter() - started)
+        seconds.append(_now(settings) - started)
         total += loss.detach() * len(batch[0])
-    return float(total) / len(task.train[0])
+    progress.train.append(float(total) / len(task.train[0]))
+    progress.step_seconds.append(median(seconds))
+    if isinstance(optimizer, ce.ConstrainedOptimizer) and optimizer.constraints:
+        now = optimizer.readings()
+        progress.value.append(float(now.values.abs().mean()))
+        progress.level.append(float(now.levels.mean()))
+        progress.multiplier.append(float(now.multipliers.mean()))
+
+
+def _gradients(model: nn.Module, progress: Progress) -> None:
+    terms = {id(parameter) for relaxation in ce.relaxations(model) for parameter in relaxation.term.parameters()}
+    for curve, chosen in ((progress.gradient, False), (progress.term_gradient, True)):
+        gradients = [p.grad for p in model.parameters() if p.grad is not None and (id(p) in terms) == chosen]
+        curve.append(float(nn.utils.get_total_norm(gradients)) if gradients else 0.0)
+
+
+def _now(settings: Settings) -> float:
+    if settings.device.startswith("cuda"):
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def _on_violation(method: Method) -> Literal["raise", "drop", "keep"]:
+    """What `finalize` does with terms above their level; only gates and ridge are known to leave some and drop them."""
+    if method.ends == "keep":
+        return "keep"
+    return "drop" if method.recipe in ("gate", "ridge") else "raise"
+
+
+def _size(relaxation: Any) -> float:
+    """RMS output of a term for isotropic unit-variance input."""
+    return float(torch.linalg.vector_norm(relaxation.term.matrix().detach()) / relaxation.term.rows**0.5)
 
 
 def _call(model: nn.Module, inputs: Any) -> Any:
     return model(*inputs) if isinstance(inputs, tuple) else model(inputs)
 
 
-def _error(task: Task, model: nn.Module, settings: Settings) -> float:
+def _error(task: Task, model: nn.Module) -> float:
     """The pipeline's relative equivariance error on 16 validation samples, with whatever terms are on."""
     was_training = model.training
     model.eval()
-    batch = tuple(tensor[:16].to(settings.device) for tensor in task.val)
+    batch = tuple(tensor[:16] for tensor in task.val)
     error = ce.equivariance_error(model, task.inputs(batch), symmetry=task.symmetry, samples=4)
     model.train(was_training)
     return error
 
 
-def _watch(optimizer: torch.optim.Optimizer) -> str:
-    now = optimizer.readings() if isinstance(optimizer, ce.ConstrainedOptimizer) else None
-    if now is None or not now.names:
-        return ""
-    return f", violation {float((now.values - now.levels).max()):+.1e}, multiplier {float(now.multipliers.max()):.1e}"
+def _watch(progress: Progress) -> str:
+    shown = f"loss {progress.train[-1]:.3g}, val {progress.val[-1][1]:.3g}"
+    if progress.level:
+        shown += (
+            f", terms {progress.value[-1]:.1e} of {progress.level[-1]:.1e}, multiplier {progress.multiplier[-1]:.1e}"
+        )
+    return shown
+
+
+def _count(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def _versions() -> dict[str, str]:
+    loaded = [name for name in ("torch", "numpy", "cooper", "e3nn", "escnn") if name in sys.modules]
+    found = {name: str(getattr(sys.modules[name], "__version__", "unknown")) for name in loaded}
+    return {"python": platform.python_version(), "constrained_equiv": ce.__version__, **found}
 
 
 def _save(path: Path, configuration: dict[str, Any], *parts: Any) -> None:

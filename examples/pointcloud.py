@@ -14,9 +14,10 @@ import torch
 from torch import Tensor, nn
 
 import constrained_equiv as ce
-from examples import command, harness
+from examples import command
 from examples.data import modelnet
 from examples.models.vector_neurons import VNDGCNN, VNLinear, VNPointNet
+from examples.task import Batch, Task
 
 MODELS = {"pointnet": VNPointNet, "dgcnn": VNDGCNN}
 
@@ -26,8 +27,8 @@ def main(arguments: list[str] | None = None) -> None:
     command.run(make_task(options), options, scale=100)
 
 
-def make_task(options: argparse.Namespace) -> harness.Task:
-    """Name the shape, whatever its pose."""
+def make_task(options: argparse.Namespace) -> Task:
+    """Name the shape, whatever its pose: those to validate and to test are in random poses."""
     if options.data:
         splits = modelnet.load(options.data, points=options.points, seed=options.data_seed)
         classes = len(modelnet.CLASSES)
@@ -35,21 +36,22 @@ def make_task(options: argparse.Namespace) -> harness.Task:
         splits = modelnet.synthetic(options.samples, points=options.points, seed=options.data_seed)
         classes = len(modelnet.SOLIDS)
 
-    def loss(model: nn.Module, batch: harness.Batch) -> Tensor:
+    def loss(model: nn.Module, batch: Batch) -> Tensor:
         return nn.functional.cross_entropy(model(batch[0]), batch[1], label_smoothing=0.2 if model.training else 0.0)
 
     @torch.no_grad()
-    def error_rate(model: nn.Module, batch: harness.Batch) -> Tensor:
+    def error_rate(model: nn.Module, batch: Batch) -> Tensor:
         return (model(batch[0]).argmax(-1) != batch[1]).float().mean()
 
-    return harness.Task(
+    poses = torch.Generator().manual_seed(options.data_seed)
+    return Task(
         name=f"point clouds, {options.model}",
-        build=lambda: MODELS[options.model](
-            classes, width=options.width, k=options.neighbours, dropout=options.dropout
+        build=lambda width: MODELS[options.model](
+            classes, width=round(width * options.width), k=options.neighbours, dropout=options.dropout
         ),
         train=tuple(tensor[: options.samples] for tensor in splits.train.tensors),
-        val=splits.val.tensors,
-        test=splits.test.tensors,
+        val=turn(splits.val.tensors, poses),
+        test=turn(splits.test.tensors, poses),
         loss=loss,
         metric=error_rate,
         inputs=lambda batch: batch[0],
@@ -62,7 +64,7 @@ def make_task(options: argparse.Namespace) -> harness.Task:
     )
 
 
-def turn(batch: harness.Batch, generator: torch.Generator) -> harness.Batch:
+def turn(batch: Batch, generator: torch.Generator) -> Batch:
     """Rotate every cloud at random."""
     clouds, labels = batch
     return clouds @ modelnet.random_rotations(len(clouds), generator).to(clouds), labels

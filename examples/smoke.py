@@ -14,9 +14,13 @@ import torch
 from torch import Tensor, nn
 
 import constrained_equiv as ce
-from examples import command, harness
+from examples import command
 from examples.data import smoke
 from examples.models.steerable_cnn import FlowCNN
+from examples.task import Batch, Extra, Task
+
+PAST = 31  # of the 51 frames of a run, those to train on; the others test the future
+ROLLOUT = 6
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -24,29 +28,51 @@ def main(arguments: list[str] | None = None) -> None:
     command.run(make_task(options), options)
 
 
-def make_task(options: argparse.Namespace) -> harness.Task:
+def make_task(options: argparse.Namespace) -> Task:
     """Predict the next velocity field."""
+    extra = {}
     if options.data:
-        splits = smoke.load(options.data, history=options.history, coarsen=options.coarsen)
+        kept = {"history": options.history, "coarsen": options.coarsen}
+        early, late = slice(0, PAST), slice(PAST - options.history, None)
+        splits = smoke.load(options.data, **kept, frames=early)._replace(test=smoke.load(options.data, **kept).test)
+        extra["RMSE, later times"] = Extra(smoke.load(options.data, **kept, frames=late).train.tensors, error)
+        far = smoke.load(options.data, **kept, ahead=ROLLOUT).test
+        extra[f"RMSE, rolled out {ROLLOUT} frames"] = Extra(far.tensors, rollout_error)
     else:
         splits = smoke.synthetic(options.samples, seed=options.data_seed, history=options.history)
 
-    def loss(model: nn.Module, batch: harness.Batch) -> Tensor:
+    def loss(model: nn.Module, batch: Batch) -> Tensor:
         return (model(batch[0]) - batch[1]).square().mean()
 
     order = torch.randperm(len(splits.train), generator=torch.Generator().manual_seed(options.data_seed))
-    return harness.Task(
+    return Task(
         name="smoke",
-        build=lambda: FlowCNN(history=options.history, width=options.width, layers=options.layers),
+        build=lambda width: FlowCNN(history=options.history, width=round(width * options.width), layers=options.layers),
         train=tuple(tensor[order[: options.samples]] for tensor in splits.train.tensors),
         val=splits.val.tensors,
         test=splits.test.tensors,
         loss=loss,
-        metric=torch.no_grad()(loss),
+        metric=error,
         inputs=lambda batch: batch[0],
         symmetry=ce.Symmetry(ce.groups.cyclic(4), inputs=quarter_turn, outputs=quarter_turn),
-        metric_name="MSE",
+        metric_name="RMSE",
+        extra=extra,
     )
+
+
+@torch.no_grad()
+def error(model: nn.Module, batch: Batch) -> Tensor:
+    """Root mean square over the cells of a field, mean over the batch."""
+    return (model(batch[0]) - batch[1]).square().mean((1, 2, 3)).sqrt().mean()
+
+
+@torch.no_grad()
+def rollout_error(model: nn.Module, batch: Batch) -> Tensor:
+    """The same for the last frame of a forecast that the model makes from its own forecasts."""
+    fields, target, *_ = batch
+    for _ in range(ROLLOUT):
+        fields = torch.cat([fields[:, 2:], model(fields)], dim=1)
+    return (fields[:, -2:] - target).square().mean((1, 2, 3)).sqrt().mean()
 
 
 def quarter_turn(element: Tensor, fields: Tensor) -> Tensor:
@@ -55,7 +81,8 @@ def quarter_turn(element: Tensor, fields: Tensor) -> Tensor:
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = command.parser(__doc__, out="smoke", epochs=30, samples=300, batch=16, lr=2e-3)
+    default = [*command.DEFAULT_METHODS, "resilient"]
+    parser = command.parser(__doc__, out="smoke", epochs=30, samples=300, batch=16, lr=2e-3, default=default)
     parser.add_argument("--history", type=int, default=2, help="frames in the input")
     parser.add_argument("--coarsen", type=int, default=2, help="of recorded data: average blocks of so many cells")
     parser.add_argument("--width", type=int, default=4)

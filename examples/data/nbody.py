@@ -75,7 +75,12 @@ class Splits(NamedTuple):
 
 
 def simulate(
-    counts: Sequence[int] = (3_000, 2_000, 2_000), *, seed: int, input_frame: int = 30, target_frame: int = 40
+    counts: Sequence[int] = (3_000, 2_000, 2_000),
+    *,
+    seed: int,
+    input_frame: int = 30,
+    target_frame: int = 40,
+    particles: int = PARTICLES,
 ) -> Splits:
     """Simulate fresh training, validation and test trajectories.
 
@@ -86,12 +91,13 @@ def simulate(
         seed: Non-negative seed of all random draws.
         input_frame: Frame of the inputs. Frame c is the state after `100 (c + 1)` steps of 0.001 time units.
         target_frame: Frame of the targets; the default lies 1.0 time units after the default input frame.
+        particles: Number of particles; the benchmark has five.
 
     Returns:
         The three splits, float32.
 
     Raises:
-        ValueError: If a count or the seed is negative or the frames are not in order.
+        ValueError: If a count or the seed is negative, there are no particles, or the frames are not in order.
 
     Example:
         >>> simulate((4, 2, 2), seed=0, input_frame=0, target_frame=1).train.targets.shape
@@ -101,8 +107,12 @@ def simulate(
     _check_frames(input_frame, target_frame)
     if seed < 0:
         raise ValueError(f"seed={seed}, expected a non-negative integer; pass for example seed=0")
+    if particles < 1:
+        raise ValueError(f"particles={particles}, expected at least 1; pass for example particles=10")
     streams = np.random.SeedSequence(seed).spawn(len(counts))
-    return Splits(*(_simulate_split(n, s, input_frame, target_frame) for n, s in zip(counts, streams, strict=True)))
+    return Splits(
+        *(_simulate_split(n, s, input_frame, target_frame, particles) for n, s in zip(counts, streams, strict=True))
+    )
 
 
 def load(
@@ -154,7 +164,9 @@ def load(
         )
 
 
-def sample_start(count: int, seed: int | np.random.SeedSequence) -> tuple[Array, Array, Array]:
+def sample_start(
+    count: int, seed: int | np.random.SeedSequence, *, particles: int = PARTICLES
+) -> tuple[Array, Array, Array]:
     """Draw starting states.
 
     Positions are standard normal, velocities have length 0.5 and uniform directions, charges are +-1 with equal chance.
@@ -163,13 +175,14 @@ def sample_start(count: int, seed: int | np.random.SeedSequence) -> tuple[Array,
     Args:
         count: Number of trajectories.
         seed: Seed of the draws; the first draws do not depend on `count`.
+        particles: Number of particles.
 
     Returns:
-        Positions `(count, 5, 3)`, velocities `(count, 5, 3)`, charges `(count, 5)`.
+        Positions `(count, particles, 3)`, velocities `(count, particles, 3)`, charges `(count, particles)`.
     """
     generator = np.random.default_rng(seed)
     # One row per trajectory, so that a shorter draw is the beginning of a longer one.
-    draws = generator.standard_normal((count, PARTICLES, 7))
+    draws = generator.standard_normal((count, particles, 7))
     positions, directions, charges = draws[..., :3], draws[..., 3:6], np.where(draws[..., 6] < 0, -1.0, 1.0)
     velocities = START_SPEED * directions / np.linalg.norm(directions, axis=-1, keepdims=True)
     outside = np.abs(positions) > HALF_BOX
@@ -244,8 +257,10 @@ def advance(
     return final_positions, final_velocities
 
 
-def _simulate_split(count: int, stream: np.random.SeedSequence, input_frame: int, target_frame: int) -> NBody:
-    positions, velocities, charges = sample_start(count, stream)
+def _simulate_split(
+    count: int, stream: np.random.SeedSequence, input_frame: int, target_frame: int, particles: int
+) -> NBody:
+    positions, velocities, charges = sample_start(count, stream, particles=particles)
     positions, velocities = advance(positions, velocities, charges, steps=STEPS_PER_FRAME * (input_frame + 1))
     targets, _ = advance(positions, velocities, charges, steps=STEPS_PER_FRAME * (target_frame - input_frame))
     return _split(positions, velocities, charges, targets)

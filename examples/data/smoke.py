@@ -52,6 +52,7 @@ def load(
     ahead: int = 1,
     coarsen: int = 1,
     directions: Sequence[int] = DIRECTIONS,
+    frames: slice = slice(None),
 ) -> Splits[Flows]:
     """Load rising smoke: of its six configurations four to train on, one to validate, one to test.
 
@@ -61,6 +62,7 @@ def load(
         ahead: Frames from the last input to the target.
         coarsen: Average blocks of so many cells a side, a divisor of 64; commutes with quarter turns.
         directions: Which set-ups to keep; ``(0,)`` gives data with unbroken symmetry, once turned.
+        frames: Of the 51 frames of every run those to cut windows from, for a split by time.
     """
     for number in directions:
         check_choice("direction", number, DIRECTIONS)
@@ -73,7 +75,7 @@ def load(
 
     def flows(configurations: tuple[int, ...]) -> Flows:
         keep = torch.isin(configuration, torch.tensor(configurations)) & torch.isin(direction, torch.tensor(directions))
-        runs = torch.from_numpy(arrays["vel"][keep.numpy()]).float()
+        runs = torch.from_numpy(arrays["vel"][keep.numpy(), frames]).float()
         coarse = avg_pool2d(runs.flatten(0, 1), coarsen)
         return _windows(coarse.view(*runs.shape[:3], *coarse.shape[2:]), direction[keep], history, ahead)
 

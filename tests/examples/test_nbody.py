@@ -1,6 +1,7 @@
 """The main job in small: it runs, selects with the terms off, and goes on exactly after an interruption."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -22,18 +23,19 @@ def options(folder: Path, *more: str) -> list[str]:
 
 def record(folder: Path, stem: str) -> dict[str, Any]:
     content = json.loads((folder / f"{stem}.json").read_text())
-    return {key: value for key, value in content.items() if key not in ("step_ms", "wall_seconds")}
+    return {key: value for key, value in content.items() if key not in ("step_ms", "wall_seconds", "cpu_seconds")}
 
 
 def test_main_writes_table_results_and_plots(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     nbody.main(options(tmp_path))
     printed = capsys.readouterr().out
-    for method in ("strict", "triangle", "primal-dual"):
+    for method in ("strict", "triangle", "gate", "primal-dual"):
         assert method in printed
         assert record(tmp_path, f"{method}-1")["error_after"] < 1e-6
     assert "not resolved" in printed
-    assert {f.name for f in tmp_path.glob("*.png")} == {"validation.png", "primal-dual-0.png", "primal-dual-1.png"}
-    assert len(json.loads((tmp_path / "results.json").read_text())) == 6
+    runs = {f"{method}-{seed}.png" for method in ("gate", "primal-dual") for seed in (0, 1)}
+    assert {f.name for f in tmp_path.glob("*.png")} == {"validation.png", "test.png"} | runs
+    assert len(json.loads((tmp_path / "results.json").read_text())) == 8
 
 
 def test_relaxed_run_ends_with_the_plain_model_and_was_relaxed_before(tmp_path: Path) -> None:
@@ -85,8 +87,8 @@ def test_whole_pipeline_is_equivariant_in_float64(float64_default: None) -> None
     task = nbody.make_task(
         nbody.parse(["--samples", "8", "--validation", "8", "--hidden", "4x0e+4x1o", "--layers", "2"])
     )
-    model = task.build()
-    optimizer = methods.primal_dual(model, task, 20, 1e-3)
+    model = task.build(1.0)
+    optimizer = methods.prepare(methods.find("primal-dual"), model, task, steps=20, lr=1e-3)
     batch = tuple(tensor.double() for tensor in task.train)
     for _ in range(20):
         optimizer.zero_grad()
@@ -101,6 +103,9 @@ def test_verdict_needs_the_interval_to_leave_out_zero() -> None:
         return [{"method": method, "seed": seed, "test": value} for seed, value in enumerate(values)]
 
     strict = runs("strict", [1.0, 2.0, 3.0])
-    assert report._verdict({"strict": strict, "a": runs("a", [0.9, 1.91, 2.89])}, "a", 1.0).endswith("better")
-    assert report._verdict({"strict": strict, "a": runs("a", [0.5, 2.4, 3.0])}, "a", 1.0).endswith("not resolved")
+    assert report.difference(runs("a", [0.9, 1.91, 2.89]), strict).verdict == "better"
+    assert report.difference(runs("a", [1.1, 2.09, 3.11]), strict).verdict == "worse"
+    assert report.difference(runs("a", [0.5, 2.4, 3.0]), strict).verdict == "not resolved"
+    assert report.difference(runs("a", [0.9]), strict).verdict == "not resolved"
+    assert report.difference(runs("a", [math.nan, 1.0, 2.0]), strict).verdict == "not resolved"
     assert torch.tensor(report._STUDENT).diff().max() < 0
