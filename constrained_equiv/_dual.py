@@ -23,6 +23,7 @@ from constrained_equiv.errors import CheckpointError, ConstraintError
 FormulationName: TypeAlias = Literal["lagrangian", "augmented_lagrangian", "quadratic_penalty"]
 DualName: TypeAlias = Literal["sgd", "nupi"]
 DualFactory: TypeAlias = Callable[[Sequence[nn.Parameter]], torch.optim.Optimizer]
+MultiplierFactory: TypeAlias = Callable[[Tensor], Any]
 
 _FORMULATIONS: dict[str, type[Formulation]] = {
     "lagrangian": Lagrangian,
@@ -98,6 +99,7 @@ class Multipliers:
         device: torch.device,
         penalty_growth: float = 1.0,
         ceilings: Tensor | None = None,
+        multiplier: MultiplierFactory | None = None,
     ) -> None:
         kind = _FORMULATIONS.get(formulation) if isinstance(formulation, str) else formulation
         if not (isinstance(kind, type) and issubclass(kind, Formulation)):
@@ -114,8 +116,13 @@ class Multipliers:
             raise ConstraintError(f"dual_lr={dual_lr!r}: expected a number > 0, or None to take the penalty")
         sizes = {name: size for name, size in (("inequality", inequalities), ("equality", equalities)) if size}
         self.problem = Problem(
-            {name: _constraint(kind, name, size, penalty, dtype, device) for name, size in sizes.items()}
+            {name: _constraint(kind, name, size, penalty, dtype, device, multiplier) for name, size in sizes.items()}
         )
+        if multiplier is not None and ceilings is not None:
+            raise ConstraintError(
+                "multiplier= with a slack of linear cost, which holds multipliers below its price: expected Cooper's "
+                "own DenseMultiplier there; leave multiplier= out"
+            )
         if penalty_growth > 1 and not kind.expects_penalty_coefficient:
             raise ConstraintError(
                 f"penalty_growth={penalty_growth} with formulation {kind.__name__}, which has no penalty: expected "
@@ -124,21 +131,26 @@ class Multipliers:
         self._sizes = sizes
         self._start, self._growth = penalty, penalty_growth
         self._follow = dual_lr is None and penalty_growth > 1  # the dual rate is the penalty, also where that grows
-        self._closed_form = kind in _FORMULATIONS.values() and dual == "sgd"
+        self._closed_form = kind in _FORMULATIONS.values() and dual == "sgd" and multiplier is None
         self._kind = kind
-        self._weights = dict(zip(self._names, self.problem.dual_parameters(), strict=True))
+        named = ((name, constraint.multiplier) for name, constraint in self.problem.named_constraints())
+        self._modules: dict[str, Any] = {name: module for name, module in named if module is not None}
+        self._weights: dict[str, nn.Parameter] = (
+            {} if multiplier else {name: module.weight for name, module in self._modules.items()}
+        )
         self._ceilings = {} if ceilings is None else dict(zip(sizes, self._split(ceilings), strict=True))
         self._none = torch.zeros(inequalities + equalities, dtype=dtype, device=device)
-        weights = list(self._weights.values())
+        weights = list(self.problem.dual_parameters())
         self.dual_optimizer = _dual_optimizer(dual, weights, rate, penalty) if weights else None
 
     @property
     def values(self) -> Tensor:
         """The multipliers (n,); zeros for a formulation without multipliers."""
-        if not self._weights:
+        if not self._modules:
             return self._none
-        weights: list[Tensor] = [weight.detach() for weight in self._weights.values()]
-        return weights[0] if len(weights) == 1 else torch.cat(weights)
+        values: list[Tensor] = [weight.detach() for weight in self._weights.values()]
+        values = values or [module().detach() for module in self._modules.values()]
+        return values[0] if len(values) == 1 else torch.cat(values)
 
     @property
     def penalties(self) -> Tensor:
@@ -208,7 +220,7 @@ class Multipliers:
     def state_dict(self) -> dict[str, Any]:
         """Return plain tensors and numbers, loadable with `weights_only=True`."""
         return {
-            "multipliers": {name: weight.detach().clone() for name, weight in self._weights.items()},
+            "multipliers": {name: tensor.clone() for name, tensor in self._held.items()},
             "penalties": {name: penalty.clone() for name, penalty in self._penalties.items()},
             "rates": [] if self.dual_optimizer is None else [group["lr"] for group in self.dual_optimizer.param_groups],
             "dual_state": {} if self.dual_optimizer is None else self.dual_optimizer.state_dict()["state"],
@@ -216,7 +228,7 @@ class Multipliers:
 
     def check_state_dict(self, state: dict[str, Any]) -> None:
         """Refuse a state of other constraints or another formulation."""
-        for what, own in (("multipliers", self._weights), ("penalties", self._penalties)):
+        for what, own in (("multipliers", self._held), ("penalties", self._penalties)):
             found = {name: tuple(value.shape) for name, value in state[what].items()}
             expected = {name: tuple(value.shape) for name, value in own.items()}
             if found != expected:
@@ -233,8 +245,8 @@ class Multipliers:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore multipliers, penalties and the dual optimizer's state in place."""
         self.check_state_dict(state)
-        for name, weight in self._weights.items():
-            weight.data.copy_(state["multipliers"][name])
+        for name, tensor in self._held.items():
+            tensor.copy_(state["multipliers"][name])
         for name, penalty in self._penalties.items():
             penalty.copy_(state["penalties"][name])
         if self.dual_optimizer is not None:
@@ -244,8 +256,13 @@ class Multipliers:
             self.dual_optimizer.load_state_dict({"state": state["dual_state"], "param_groups": current["param_groups"]})
 
     @property
-    def _names(self) -> list[str]:
-        return [name for name, constraint in self.problem.named_constraints() if constraint.multiplier is not None]
+    def _held(self) -> dict[str, Tensor]:
+        """What the multipliers consist of, sharing memory with them."""
+        return {
+            f"{name}.{key}": tensor
+            for name, module in self._modules.items()
+            for key, tensor in module.state_dict().items()
+        }
 
     @property
     def _penalties(self) -> dict[str, Tensor]:
@@ -263,11 +280,27 @@ class Multipliers:
 
 
 def _constraint(
-    kind: type[Formulation], name: str, size: int, penalty: float, dtype: torch.dtype, device: torch.device
+    kind: type[Formulation],
+    name: str,
+    size: int,
+    penalty: float,
+    dtype: torch.dtype,
+    device: torch.device,
+    make: MultiplierFactory | None,
 ) -> cooper.Constraint:
     multiplier = coefficient = None
     if kind.expects_multiplier:
-        multiplier = cooper.multipliers.DenseMultiplier(init=torch.zeros(size, dtype=dtype, device=device), dtype=dtype)
+        start = torch.zeros(size, dtype=dtype, device=device)
+        multiplier = cooper.multipliers.DenseMultiplier(init=start, dtype=dtype) if make is None else make(start)
+        if not isinstance(multiplier, cooper.multipliers.Multiplier) or multiplier.expects_constraint_features:
+            raise ConstraintError(
+                f"multiplier={make!r} made {multiplier!r}: expected a cooper.multipliers.Multiplier of {size} values "
+                "without constraint features"
+            )
+        if tuple(multiplier().shape) != (size,):
+            raise ConstraintError(
+                f"multiplier={make!r} made values of shape {tuple(multiplier().shape)}: expected ({size},)"
+            )
     if kind.expects_penalty_coefficient:
         start = torch.full((size,), penalty, dtype=dtype, device=device)
         coefficient = cooper.penalty_coefficients.DensePenaltyCoefficient(init=start)

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from constrained_equiv import _tensors
-from constrained_equiv._dual import DualFactory, DualName, FormulationName, Multipliers
+from constrained_equiv._dual import DualFactory, DualName, FormulationName, MultiplierFactory, Multipliers
 from constrained_equiv._terms import NonEquivariantTerm
 from constrained_equiv.constraints import Constraint, Penalty, ScaleSchedule, Terms, norm_shares
 from constrained_equiv.errors import CheckpointError, ConstraintError, NonFiniteError
@@ -52,6 +52,7 @@ class Options:
     penalty_growth: float = 1.0
     dual: DualName | DualFactory = "sgd"
     dual_lr: float | None = None
+    multiplier: MultiplierFactory | None = None
     order: Order = "dual-primal"
     enforce: Enforce = "multipliers"
     at_zero: AtZero = "clear"
@@ -150,6 +151,7 @@ class Engine:
         self._levels = [0.0] * len(self.records)
         self._compared = list(self._levels)
         self._trained = self._warned = False
+        self._idle = 0
         self._scratch = _tensors.Scratch()
         self._take_up()
 
@@ -172,6 +174,7 @@ class Engine:
             penalty_growth=options.penalty_growth,
             dual=options.dual,
             dual_lr=options.dual_lr,
+            multiplier=options.multiplier,
             dtype=precision,
             device=device,
             ceilings=torch.tensor(prices, dtype=precision, device=device) if min(prices) < torch.inf else None,
@@ -225,7 +228,8 @@ class Engine:
         if late and self.multipliers is not None:
             self._measure(synchronise=False)
             self.multipliers.ascend(self.violations)
-        if not self._waiting():
+        self._idle = self._idle + 1 if self._waiting() else 0
+        if not self._idle:
             self.step += 1
         self._write_levels()
         self._write_scales()
@@ -370,10 +374,13 @@ class Engine:
         for at, coefficients, _ in charges:
             if not _is_whole_norm(record := self._charged[at]):
                 record.measure.pull(record.terms, coefficients)
+        if shares is not None and isinstance(self.base, torch.optim.SGD):
+            self._shorten_steps(shares)
         for record, _, pinned in self._stated():
             if pinned and _pins_whole(record):
-                for weight in record.terms.weights():
-                    weight.grad = None
+                if not self._waiting():  # for a checkpoint helper, which wants state of all parameters
+                    for weight in record.terms.weights():
+                        weight.grad = None
             elif pinned:  # what is not constrained goes on learning
                 projections = record.terms.projections(record.measure.part)
                 for rows, projection in zip(record.terms.stacks, projections, strict=True):
@@ -390,6 +397,22 @@ class Engine:
                 shares = self.levels.new_zeros(len(self.terms)).index_add_(0, place, shares)
             total = shares if total is None else total + shares
         return total
+
+    def _shorten_steps(self, shares: Tensor) -> None:
+        """Divide the gradients of terms by rate * share where that exceeds 1.
+
+        The pull alone would carry such a term past zero: it would come out on the other side, at a distance on which
+        multipliers grow, and so on without bound. Where the total gradient vanishes stays the same. Only the step of
+        SGD is known to be rate * gradient; the steps of adaptive optimizers have bounded lengths of their own.
+        """
+        lengths = [shares * group["lr"] for group in self._groups()]
+        factors = torch.stack(lengths).amax(0).clamp_min_(1.0).reciprocal_().sub_(1.0)
+        for stack in self._awake:
+            pairs = zip(stack.positions, stack.tables, strict=True)
+            chosen = [(i, g) for i, table in pairs if (g := table["weight"].grad) is not None]
+            if chosen:
+                gradients = [gradient for _, gradient in chosen]
+                _tensors.add_scaled_(gradients, gradients, _take(factors, [i for i, _ in chosen]))
 
     def _project_weights(self) -> None:
         for stack in self._awake:
@@ -428,21 +451,22 @@ class Engine:
             record.terms.rescale_(record.measure.part, record.measure.per, factors)
 
     def _pin(self) -> None:
-        """Where a level is exactly 0, set what is constrained to exactly 0 and forget its base state."""
+        """Where a level is exactly 0, set what is constrained to exactly 0.
+
+        Its base state is forgotten when the level rises again and no earlier: a distributed checkpoint expects state of
+        every parameter, in the tail too.
+        """
         before = self._pinned
         pinned = self._to_pin()
         if pinned != before:
             self._set_pinned(pinned)
         for (record, part, now), earlier in zip(self._stated(), before, strict=True):
-            if not now:
-                continue
-            if _pins_whole(record):
-                weights = record.terms.weights()
-                _tensors.zero_(weights)
-                if not earlier:
-                    for weight in weights:
-                        self.base.state.pop(weight, None)
-            else:
+            if earlier and not now and _pins_whole(record):
+                for weight in record.terms.weights():
+                    self.base.state.pop(weight, None)
+            elif now and _pins_whole(record):
+                _tensors.zero_(record.terms.weights())
+            elif now:
                 self._rescale(record, self.levels[part])  # by 0
 
     def _to_pin(self) -> list[bool]:
@@ -488,10 +512,8 @@ class Engine:
             _tensors.fill_(record.terms.scales(), value_at(record.schedule, self.step))
 
     def _waiting(self) -> bool:
-        """Whether training has not begun: checkpoint helpers take a step with all rates 0 to create state."""
-        return not self._trained and all(
-            isinstance(g["lr"], int | float) and not g["lr"] for g in self.base.param_groups
-        )
+        """Whether this step moves nothing: checkpoint helpers take one with all rates 0 to create state."""
+        return all(isinstance(g["lr"], int | float) and not g["lr"] for g in self.base.param_groups)
 
     def settled(self) -> bool:
         """Whether all levels and scales have reached their end; a schedule of the user's own ends where it is 0."""
@@ -500,10 +522,11 @@ class Engine:
 
     def _frozen(self) -> bool:
         """Whether the terms cannot move, so that multipliers would wind up; only rates known to the host count."""
-        groups = self.base.param_groups
-        marked = [group for group in groups if group.get("terms")] or groups
-        frozen = all(isinstance(group["lr"], int | float) and group["lr"] == 0 for group in marked)
-        if frozen and self._trained and not self._warned and any(level > 0 for level in self._levels):
+        frozen = all(isinstance(group["lr"], int | float) and group["lr"] == 0 for group in self._groups())
+        late = frozen and self._trained and any(level > 0 for level in self._levels)
+        if (
+            late and not self._warned and (self._idle > 1 or not self._waiting())
+        ):  # not on what a checkpoint helper does
             self._warned = True
             warnings.warn(
                 f"step {self.step}: the learning rate of the terms is 0 while a level is {max(self._levels):.3g}: "
@@ -512,6 +535,10 @@ class Engine:
             )
         self._trained |= not frozen
         return frozen
+
+    def _groups(self) -> list[dict[str, Any]]:
+        """The base's parameter groups that are marked as those of terms, or all."""
+        return [group for group in self.base.param_groups if group.get("terms")] or self.base.param_groups
 
     # --- checks of what was asked for ---
 
@@ -621,4 +648,5 @@ def _nonfinite(param_groups: list[dict[str, Any]]) -> list[tuple[int, ...]]:
     total = _tensors.whole(torch.nn.utils.get_total_norm(gradients))
     if bool(torch.isfinite(total)):
         return []
-    return [tuple(g.shape) for g in gradients if not bool(torch.isfinite(_tensors.locals_([g])[0]).all())]
+    # of whole gradients: where they are sharded, every process has to come to the same answer
+    return [tuple(g.shape) for g in gradients if not bool(torch.isfinite(_tensors.whole(g)).all())]

@@ -7,18 +7,19 @@ host reads nothing from the device in a step (unless `on_nonfinite` asks for it)
 """
 
 import copy
+import io
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from constrained_equiv._dual import DualFactory, DualName, FormulationName, Multipliers
+from constrained_equiv._dual import DualFactory, DualName, FormulationName, MultiplierFactory, Multipliers
 from constrained_equiv._engine import AtZero, Enforce, Engine, OnNonFinite, Options, Order, Readings, Record
 from constrained_equiv.constraints import Constraint
 from constrained_equiv.errors import ConstraintError, SerializationError
 
-__all__ = ["Attached", "ConstrainedOptimizer", "Readings", "attach"]
+__all__ = ["Attached", "ConstrainedOptimizer", "ConstraintState", "Readings", "attach"]
 
 _KEY = "constrained"
 
@@ -37,6 +38,9 @@ class ConstrainedOptimizer(torch.optim.Optimizer):
         dual: `sgd` (default), `nupi`, or a function that makes a maximizing optimizer of the multipliers. An Adam here
             takes sign-like steps: its multipliers lose their meaning and may cycle.
         dual_lr: ascent rate of the multipliers; the penalty by default.
+        multiplier: function of the zeros (n,) to start from that makes a `cooper.multipliers.Multiplier` of as many
+            values, for multipliers with a parametrisation or a bound of their own; Cooper's `DenseMultiplier` by
+            default.
         order: `dual-primal` (default: multipliers move first, on the same measurement), `simultaneous`, or
             `primal-dual` (the terms are measured again after the base step).
         enforce: `multipliers` (default) add the constraint's gradient to the task's; `proximal` leaves the task's
@@ -44,9 +48,9 @@ class ConstrainedOptimizer(torch.optim.Optimizer):
             preconditioning, so that it reaches exact zero in finite time (a multiplier then counts in units of the
             measure per unit of learning rate, not of the loss, where the base is Adam); `projection` scales each term
             back onto its level's ball after every step and needs no multipliers.
-        at_zero: what happens while a level is exactly 0: `clear` (default) sets the term to exactly 0 and forgets its
-            base state, so that the tail of the schedule trains the equivariant model alone; `multipliers` leaves it to
-            the multipliers.
+        at_zero: what happens while a level is exactly 0: `clear` (default) sets the term to exactly 0, and it starts
+            with fresh base state should the level rise again, so that the tail of the schedule trains the equivariant
+            model alone; `multipliers` leaves it to the multipliers.
         on_nonfinite: `ignore` (default) keeps multipliers finite, and terms in the complement too, at no cost; `skip`
             leaves everything as it was when a gradient is not finite; `raise` raises NonFiniteError then. The last two
             read the device once per step.
@@ -83,6 +87,7 @@ class ConstrainedOptimizer(torch.optim.Optimizer):
         penalty_growth: float = 1.0,
         dual: DualName | DualFactory = "sgd",
         dual_lr: float | None = None,
+        multiplier: MultiplierFactory | None = None,
         order: Order = "dual-primal",
         enforce: Enforce = "multipliers",
         at_zero: AtZero = "clear",
@@ -96,6 +101,7 @@ class ConstrainedOptimizer(torch.optim.Optimizer):
             penalty_growth=penalty_growth,
             dual=dual,
             dual_lr=dual_lr,
+            multiplier=multiplier,
             order=order,
             enforce=enforce,
             at_zero=at_zero,
@@ -203,6 +209,14 @@ class ConstrainedOptimizer(torch.optim.Optimizer):
         """Whether all levels and scales have reached their end, so that models may be selected and training stopped."""
         return self._engine.settled()
 
+    @property
+    def constraint_state(self) -> "ConstraintState":
+        """What `state_dict` holds under `constrained`, as an entry of a distributed checkpoint.
+
+        torch's `get_optimizer_state_dict` keeps parameter groups and their state, and leaves out everything else.
+        """
+        return ConstraintState(self._engine)
+
     def readings(self) -> Readings:
         """Return values, levels and multipliers of all constraints as copies on the device."""
         return self._engine.readings()
@@ -248,6 +262,33 @@ class ConstrainedOptimizer(torch.optim.Optimizer):
         self.base.load_state_dict({key: value for key, value in state_dict.items() if key != _KEY})
         if own is not None:
             self._engine.load_state_dict(own)
+
+
+class ConstraintState:
+    """Multipliers, dual state and schedule position, for `torch.distributed.checkpoint`, whose `Stateful` it is.
+
+    They are the same on every process. One opaque entry holds them, because the checkpoint reads into a state of known
+    structure, while a dual optimizer makes its state in its first step.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state as bytes."""
+        file = io.BytesIO()
+        torch.save(self._engine.state_dict(), file)
+        return {"bytes": file.getvalue()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue where the state was saved.
+
+        Raises:
+            CheckpointError: if the constraints of the checkpoint are others than this optimizer's; nothing was loaded.
+        """
+        state = torch.load(io.BytesIO(state_dict["bytes"]), map_location="cpu", weights_only=True)
+        self._engine.check_state_dict(state)
+        self._engine.load_state_dict(state)
 
 
 class _Skipped(Exception):
@@ -308,9 +349,18 @@ class Attached:
         """Whether all levels and scales have reached their end, so that models may be selected and training stopped."""
         return self._engine.settled()
 
+    @property
+    def constraint_state(self) -> ConstraintState:
+        """What the optimizer's `state_dict` holds under `constrained`, as an entry of a distributed checkpoint."""
+        return ConstraintState(self._engine)
+
     def readings(self) -> Readings:
         """Return values, levels and multipliers of all constraints as copies on the device."""
         return self._engine.readings()
+
+    def register_step_post_hook(self, hook: Any) -> Any:
+        """Register a hook of the optimizer; it runs after the constraints' own."""
+        return self._optimizer.register_step_post_hook(hook)
 
     def detach(self) -> None:
         """Remove the hooks and forget all constraints, so that the optimizer steps as before."""
@@ -357,6 +407,7 @@ def attach(
     penalty_growth: float = 1.0,
     dual: DualName | DualFactory = "sgd",
     dual_lr: float | None = None,
+    multiplier: MultiplierFactory | None = None,
     order: Order = "dual-primal",
     enforce: Enforce = "multipliers",
     at_zero: AtZero = "clear",
@@ -372,6 +423,7 @@ def attach(
         penalty_growth: see there.
         dual: see there.
         dual_lr: see there.
+        multiplier: see there.
         order: see there.
         enforce: see there.
         at_zero: see there.
@@ -395,6 +447,7 @@ def attach(
         penalty_growth=penalty_growth,
         dual=dual,
         dual_lr=dual_lr,
+        multiplier=multiplier,
         order=order,
         enforce=enforce,
         at_zero=at_zero,

@@ -1,7 +1,7 @@
 """Monitor: the history of values, levels and multipliers, what it means, and which model to keep.
 
-What enters: a `ConstrainedOptimizer`. What leaves: arrays, a diagnosis in words, a line for a progress bar, CSV files,
-TensorBoard scalars, a plot; the best model as a true copy, and advice when to stop.
+What enters: a `ConstrainedOptimizer`, or the handle of `attach`. What leaves: arrays, a diagnosis in words, a line for a
+progress bar, CSV files, TensorBoard scalars, a plot; the best model as a true copy, and advice when to stop.
 Law: recording copies device tensors and reads nothing; the host reads when it is asked for numbers. No model is kept
 and no training stopped before every level is at its end, and models are compared with their terms off.
 """
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from constrained_equiv._optim import Attached, ConstrainedOptimizer, Readings
 from constrained_equiv._relax import disabled
-from constrained_equiv.errors import ConstraintError
+from constrained_equiv.errors import CheckpointError, ConstraintError
 
 
 class History(NamedTuple):
@@ -30,6 +30,7 @@ class History(NamedTuple):
         values: (t, n) what was measured.
         levels: (t, n) the bounds.
         multipliers: (t, n).
+        slacks: (t, n) by how much each level was given way; zeros without `ce.constraints.resilient`.
     """
 
     steps: np.ndarray[Any, np.dtype[np.int64]]
@@ -37,16 +38,25 @@ class History(NamedTuple):
     values: np.ndarray[Any, np.dtype[np.float64]]
     levels: np.ndarray[Any, np.dtype[np.float64]]
     multipliers: np.ndarray[Any, np.dtype[np.float64]]
+    slacks: np.ndarray[Any, np.dtype[np.float64]]
 
 
-Verdict = Literal["zero", "inactive", "active", "behind", "resisting", "cycling", "not finite"]
+_SERIES = History._fields[2:]
+Verdict = Literal[
+    "zero", "cut", "inactive", "active", "growing", "behind", "resisting", "giving way", "cycling", "not finite"
+]
 _ADVICE: dict[Verdict, str] = {
     "zero": "at exactly 0",
+    "cut": "at exactly 0, but cleared while far above the level: the schedule is too fast; let it take more steps, or "
+    "raise penalty=",
     "inactive": "inactive: below the level without a multiplier",
     "active": "active: held at the level by a steady multiplier",
-    "behind": "behind the falling level: let the schedule take more steps, or raise penalty=",
+    "growing": "active, with a multiplier that still grows as its level falls: nothing to change",
+    "behind": "behind the falling level: the schedule is too fast; let it take more steps, or raise penalty=",
     "resisting": "above a steady level while the multiplier grows: the data resist the symmetry here; give way with "
     "ce.constraints.resilient, end at a level > 0, or take at_zero='clear'",
+    "giving way": "above the level by a slack that is worth its price: the data resist the symmetry here; raise the "
+    "price for less of it",
     "cycling": "the multiplier cycles without decay: use formulation='augmented_lagrangian', or lower dual_lr",
     "not finite": "not finite: lower the learning rate, clip gradients, or pass on_nonfinite='skip'",
 }
@@ -57,23 +67,30 @@ class Monitor:
     """Record the state of all constraints after every `every`-th step of an optimizer.
 
     Args:
-        optimizer: whose steps are recorded, through a step hook.
+        optimizer: whose steps are recorded, through a step hook; skipped steps are not.
         every: distance between records, in optimizer steps.
+
+    Save `state_dict()` beside the optimizer's, so that a resumed run is judged by its whole history.
 
     Raises:
         ConstraintError: if `every` is not positive.
     """
 
-    def __init__(self, optimizer: ConstrainedOptimizer, *, every: int = 1) -> None:
+    def __init__(self, optimizer: ConstrainedOptimizer | Attached, *, every: int = 1) -> None:
         if every < 1:
             raise ConstraintError(f"every={every!r}: expected an integer >= 1, the distance between records in steps")
         self.every = every
         self._optimizer = optimizer
         self._records: list[Readings] = []
+        self._signed = np.array(
+            [r.type == "equality" for r in optimizer.constraints for _ in r.terms.names], dtype=bool
+        )
         optimizer.register_step_post_hook(lambda *_: self._record())
 
     def _record(self) -> None:
-        if self._optimizer.constraints and self._optimizer.finished_steps % self.every == 0:
+        step = self._optimizer.finished_steps
+        repeated = bool(self._records) and self._records[-1].step == step
+        if self._optimizer.constraints and step % self.every == 0 and not repeated:
             self._records.append(self._optimizer.readings())
 
     def summary(self) -> str:
@@ -81,40 +98,43 @@ class Monitor:
         now = self._optimizer.readings()
         if not now.names:
             return f"step {now.step}"
-        violations = now.values - now.levels
-        worst, largest = int(violations.argmax()), int(now.multipliers.argmax())
+        excess, multipliers = ((now.values - now.levels - now.slacks).cpu().numpy(), now.multipliers.cpu().numpy())
+        worst = int(np.where(self._signed, abs(excess), excess).argmax())
+        largest = int(abs(multipliers).argmax())
         return (
-            f"step {now.step}: worst violation {float(violations[worst]):+.2e} in {now.names[worst]}, "
-            f"largest multiplier {float(now.multipliers[largest]):.2e} in {now.names[largest]}"
+            f"step {now.step}: worst violation {excess[worst]:+.2e} in {now.names[worst]}, "
+            f"largest multiplier {multipliers[largest]:.2e} in {now.names[largest]}"
         )
 
     def history(self) -> History:
         """Return everything recorded so far as arrays; reads the device."""
         if not self._records:
             empty = np.zeros((0, 0))
-            return History(np.zeros(0, dtype=np.int64), (), empty, empty, empty)
+            return History(np.zeros(0, dtype=np.int64), (), empty, empty, empty, empty)
 
         def stack(which: str) -> np.ndarray[Any, np.dtype[np.float64]]:
             return torch.stack([getattr(r, which) for r in self._records]).double().cpu().numpy()
 
         steps = np.array([r.step for r in self._records], dtype=np.int64)
-        return History(steps, self._records[0].names, stack("values"), stack("levels"), stack("multipliers"))
+        return History(steps, self._records[0].names, *map(stack, _SERIES))
 
     def verdicts(self) -> dict[str, Verdict]:
-        """Judge every constraint by the later half of its records; reads the device.
+        """Judge every constraint, by the later half of its records unless a word is about the whole; reads the device.
 
         A limit cycle crosses its own mean again and again without decaying; data that resist the symmetry make the
         multiplier grow without turning back, or hold it steady at what the asymmetry is worth.
         """
         h = self.history()
         return {
-            name: _judge(h.values[:, i], h.levels[:, i], h.multipliers[:, i])
+            name: _judge(*(getattr(h, which)[:, i] for which in _SERIES), signed=bool(self._signed[i]))
             for i, name in enumerate(h.names)
-            if len(h.steps)
         }
 
     def diagnose(self) -> str:
-        """Say in words which constraints are active, resist or cycle, and what to change; reads the device."""
+        """Say in words which constraints are active, whose multipliers grow or cycle, and what to change.
+
+        Reads the device.
+        """
         found = self.verdicts()
         if not found:
             return "nothing recorded yet: take optimizer steps after building the monitor"
@@ -135,18 +155,18 @@ class Monitor:
         history = self.history()
         for t, step in enumerate(history.steps):
             for i, name in enumerate(history.names):
-                for kind in ("values", "levels", "multipliers"):
+                for kind in _SERIES:
                     writer.add_scalar(f"{kind}/{name}", float(getattr(history, kind)[t, i]), int(step))
 
     def write_csv(self, path: str | Path) -> None:
-        """Write one row per record and constraint: step, constraint, value, level, multiplier."""
+        """Write one row per record and constraint: step, constraint, value, level, multiplier, slack."""
         history = self.history()
         with Path(path).open("w", newline="") as file:
             writer = csv.writer(file)
-            writer.writerow(["step", "constraint", "value", "level", "multiplier"])
+            writer.writerow(["step", "constraint", "value", "level", "multiplier", "slack"])
             for t, step in enumerate(history.steps):
                 for i, name in enumerate(history.names):
-                    numbers = (history.values[t, i], history.levels[t, i], history.multipliers[t, i])
+                    numbers = (getattr(history, which)[t, i] for which in _SERIES)
                     writer.writerow([int(step), name, *(f"{float(x):.9g}" for x in numbers)])
 
     def plot(self, figure: Any = None) -> Any:
@@ -180,16 +200,20 @@ class Monitor:
         return {
             "steps": [r.step for r in self._records],
             "names": list(self._records[0].names) if self._records else [],
-            "tensors": [[r.values, r.levels, r.multipliers, r.slacks] for r in self._records],
+            **{which: torch.stack([getattr(r, which) for r in self._records]) for which in _SERIES if self._records},
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Replace the records by saved ones."""
-        names = tuple(state_dict["names"])
-        self._records = [
-            Readings(step, names, *tensors)
-            for step, tensors in zip(state_dict["steps"], state_dict["tensors"], strict=True)
-        ]
+        """Replace the records by saved ones.
+
+        Raises:
+            CheckpointError: if they are of other constraints.
+        """
+        names, steps = tuple(state_dict["names"]), state_dict["steps"]
+        if steps and names != (own := self._optimizer.readings().names):
+            raise CheckpointError(f"the records are of constraints {list(names)}: expected {list(own)}")
+        series = zip(*(state_dict[which].unbind() for which in _SERIES), strict=True) if steps else ()
+        self._records = [Readings(step, names, *row) for step, row in zip(steps, series, strict=True)]
 
 
 class BestModel:
@@ -305,24 +329,29 @@ class EarlyStopping:
         self._best, self._waited = state_dict["best"], state_dict["waited"]
 
 
-def _judge(values: Any, levels: Any, multipliers: Any) -> Verdict:
-    """Judge one constraint by the later half of its records."""
+def _judge(values: Any, levels: Any, multipliers: Any, slacks: Any, *, signed: bool) -> Verdict:
+    """Judge one constraint; a signed one is an equality, violated on both sides."""
     if not np.isfinite(values).all():
         return "not finite"
-    half = len(values) // 2
-    values, levels, multipliers = values[half:], levels[half:], multipliers[half:]
-    size = float(np.abs(multipliers).max())
-    tolerance = 1e-3 + 0.02 * abs(float(levels[-1]))
-    excess = values - levels
+    excess = values - levels - slacks
+    excess = np.abs(excess) if signed else excess
     if values[-1] == levels[-1] == 0:
-        return "zero"
-    if len(values) >= _FEWEST and _cycles(multipliers) and np.abs(excess).max() > tolerance:
+        last = np.flatnonzero(values)[-1:]  # before it was cleared
+        return "cut" if (excess[last] > 0.1 * np.abs(values).max()).any() else "zero"
+    half = len(values) // 2
+    levels, multipliers, excess = levels[half:], multipliers[half:], excess[half:]
+    tolerance = 1e-3 + 0.02 * abs(float(levels[-1]))
+    falling = levels[0] > levels[-1]
+    enough = len(multipliers) >= _FEWEST
+    if enough and _cycles(multipliers) and np.abs(excess).max() > tolerance:
         return "cycling"
-    if abs(excess[-1]) > tolerance and excess[-1] > 0:
-        return "behind" if levels[0] > levels[-1] else "resisting"
-    growing = (np.diff(multipliers) >= 0).all() and multipliers[-1] - multipliers[0] > 0.05 * size
-    if size > 0 and len(values) >= _FEWEST and growing and levels[0] == levels[-1]:
-        return "resisting"
+    if excess[-1] > tolerance:
+        return "behind" if falling else "resisting"
+    if abs(slacks[-1]) > tolerance:
+        return "giving way"
+    size = np.abs(multipliers)
+    if enough and (np.diff(size) >= 0).all() and size[-1] - size[0] > 0.05 * size.max():
+        return "growing" if falling else "resisting"
     return "active" if abs(multipliers[-1]) > 1e-12 else "inactive"
 
 

@@ -38,6 +38,42 @@ def resisting_norm(**options: Any) -> Monitor:
 SLOW = {"formulation": "lagrangian", "dual_lr": 0.05}
 
 
+def resisting_gate(**options: Any) -> Monitor:
+    """A gate that the data want at 1, held at 0."""
+    return flat_gate(1.0, 1.0, 600, **options)
+
+
+def flat_norm(**options: Any) -> Monitor:
+    """A norm on a loss of little curvature: it is never negative, so that it cannot turn in circles."""
+    model, terms = layers((1, 1))
+    torch.nn.init.ones_(terms[0].weight)
+    base = torch.optim.SGD(model.parameters(), lr=0.05)
+    constraint = ce.constraints.weight(model, level=0.0)
+    optimizer = ce.ConstrainedOptimizer(base, constraint, at_zero="multipliers", **options)
+    monitor = Monitor(optimizer, every=10)
+    minimise(optimizer, lambda: 0.0005 * terms[0].weight.square().sum(), 1_500)
+    return monitor
+
+
+PLAIN = {**SLOW, "order": "simultaneous"}
+TOYS = [
+    ("flat gate, plain", lambda: flat_gate(0.001, 0.0, 1_500, **PLAIN), {"cycling"}),
+    ("flat gate, augmented", lambda: flat_gate(0.001, 0.0, 1_500), {"active", "inactive", "zero"}),
+    ("resisting gate, plain", lambda: resisting_gate(**PLAIN), {"active"}),
+    ("resisting gate, augmented", lambda: resisting_gate(), {"active"}),
+    ("resisting norm, plain", lambda: resisting_norm(**PLAIN), {"resisting"}),
+    ("resisting norm, augmented", lambda: resisting_norm(), {"active", "resisting"}),
+    ("flat norm, plain", lambda: flat_norm(**PLAIN), {"active", "resisting"}),
+    ("flat norm, augmented", lambda: flat_norm(), {"active", "resisting"}),
+]
+
+
+@pytest.mark.parametrize(("toy", "verdicts"), [case[1:] for case in TOYS], ids=[case[0] for case in TOYS])
+def test_the_detector_knows_both_failures_under_both_methods(toy: Any, verdicts: set[str]) -> None:
+    """Only the signed gate under the plain simultaneous method goes round; only data that resist are said to."""
+    assert set(toy().verdicts().values()) <= verdicts
+
+
 def test_a_limit_cycle_is_told_from_data_that_resist() -> None:
     cycle = flat_gate(0.001, 0.0, 1_500, **SLOW, order="simultaneous")
     assert set(cycle.verdicts().values()) == {"cycling"}
@@ -115,7 +151,7 @@ def test_writers_and_plot_agree_with_the_history(tmp_path: Path) -> None:
     writer = Writer()
     monitor.write_tensorboard(writer)
     assert (f"values/{history.names[0]}", history.values[0, 0], 2) in writer.seen
-    assert len(writer.seen) == 3 * history.values.size
+    assert len(writer.seen) == 4 * history.values.size
     assert "worst violation" in monitor.summary()
     matplotlib = pytest.importorskip("matplotlib")
     matplotlib.use("Agg")

@@ -232,6 +232,9 @@ def test_levels_after_the_learning_rate_ended_warn() -> None:
     train(model, optimizer, *data(), 1)
     for group in optimizer.param_groups:
         group["lr"] = 0.0
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        train(model, optimizer, *data(), 2)  # what a checkpoint helper may do
     with pytest.warns(UserWarning, match="end the level schedule before"):
         train(model, optimizer, *data(), 1)
     with warnings.catch_warnings():
