@@ -1,7 +1,7 @@
 """Monitor: the history of values, levels and multipliers, what it means, and which model to keep.
 
-What enters: a `ConstrainedOptimizer`, or the handle of `attach`. What leaves: arrays, a diagnosis in words, a line for a
-progress bar, CSV files, TensorBoard scalars, a plot; the best model as a true copy, and advice when to stop.
+What enters: a `ConstrainedOptimizer`, or the handle of `attach`. What leaves: arrays, a diagnosis in words, a line for
+a progress bar, CSV files, TensorBoard scalars, a plot; the best model as a true copy, and advice when to stop.
 Law: recording copies device tensors and reads nothing; the host reads when it is asked for numbers. No model is kept
 and no training stopped before every level is at its end, and models are compared with their terms off.
 """

@@ -306,7 +306,7 @@ def _gate_after(steps: int, **options: Any) -> float:
 )
 def test_the_flat_gate_of_the_plain_method_and_its_cure(options: dict[str, Any], steps: int, amplitude: float) -> None:
     """Simultaneous steps turn in circles for ever, alternating ones contract slowly, an augmented term ends it."""
-    assert _gate_after(steps, **options) == pytest.approx(amplitude, abs=0.015 if amplitude else 1e-16)
+    assert _gate_after(steps, **options) == pytest.approx(amplitude, abs=0.015 if amplitude else 1e-11)
 
 
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
@@ -326,8 +326,8 @@ def test_a_norm_far_above_its_level_is_not_thrown_across_zero(penalty: float, mo
 def test_a_step_that_is_shortened_ends_where_the_gradient_vanishes() -> None:
     """Rate times slope exceeds the level: the steps are too coarse for the ball, its solution stands all the same."""
     model, terms = layers((1, 1))
-    constraint = ce.constraints.weight(model, level=0.02)
+    constraint = ce.constraints.weight(model, level=0.1)
     optimizer = ce.ConstrainedOptimizer(torch.optim.SGD(model.parameters(), **SGD), constraint)
     minimise(optimizer, pulled_to(terms, [torch.full((1, 1), 3.0).double()]), 1_000)
-    assert float(terms[0].weight.detach()) == pytest.approx(0.02, abs=1e-6)
-    assert float(multipliers(optimizer)) == pytest.approx(2.98, abs=1e-4)
+    assert float(terms[0].weight.detach()) == pytest.approx(0.1, abs=1e-6)
+    assert float(multipliers(optimizer)) == pytest.approx(2.9, abs=1e-4)
