@@ -1,54 +1,70 @@
 """Several processes walk as one: same parameters, and identical multipliers on every rank."""
 
-import os
-import subprocess
-import sys
+import multiprocessing
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-import constrained_equiv as ce
-from tests.optim import worker
+if not torch.distributed.is_available():
+    pytest.skip("torch without distributed", allow_module_level=True)
 
-ROOT = Path(__file__).parents[2]
-CASES = [
-    ("ddp", "weight", 2),
-    ("ddp", "relative", 2),
-    ("ddp", "activation", 2),
-    ("fsdp", "weight", 2),
-    ("fsdp", "two", 2),
-    ("fsdp", "parts", 2),
-    ("fsdp", "weight", 4),
-]
+from tests.optim.worker import CASES, CHECKPOINTS, SAVED, STEPS, Run, main
+
+LIMIT = 240  # seconds, for processes that wait for each other
+
+
+def start(function: Callable[..., Any], processes: int, *args: Any) -> None:
+    """Run a function on several processes, forked from one that has imported everything."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.optim.worker"])
+    running = [context.Process(target=function, args=(rank, processes, *args)) for rank in range(processes)]
+    for process in running:
+        process.start()
+    for process in running:
+        process.join(LIMIT)
+    stuck = [process for process in running if process.exitcode is None]
+    for process in stuck:
+        process.kill()
+    assert not stuck and all(process.exitcode == 0 for process in running), "see the standard error of the processes"
+
+
+def single(name: str) -> dict[str, Any]:
+    run = Run({**CASES, **CHECKPOINTS}[name])
+    run.train(0, STEPS)
+    return run.result()
+
+
+def resumed(name: str, path: Path) -> dict[str, Any]:
+    run = Run(CHECKPOINTS[name])
+    run.load(path)
+    run.train(SAVED, STEPS)
+    return run.result()
+
+
+def assert_same(found: dict[str, Any], expected: dict[str, Any], name: str) -> None:
+    atol = 1e-6 if "relative" in name or "activation" in name else 1e-12  # these record statistics in float32
+    (alone,) = expected["processes"]
+    for mine, theirs in zip(found["parameters"], expected["parameters"], strict=True):
+        assert torch.allclose(mine, theirs, rtol=0, atol=atol), name
+    for process in found["processes"]:
+        assert torch.equal(process["multipliers"], found["processes"][0]["multipliers"]), name
+        assert torch.allclose(process["multipliers"], alone["multipliers"], rtol=0, atol=max(atol, 1e-10)), name
+        assert process["step"] == alone["step"] == STEPS - ("nan" in name), name
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without distributed")
-@pytest.mark.parametrize(("strategy", "measure", "processes"), CASES)
-def test_processes_equal_a_single_one(strategy: str, measure: str, processes: int, tmp_path: Path) -> None:
-    path = tmp_path / "found.pt"
-    subprocess.run(
-        [
-            *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)),
-            *("-m", "tests.optim.worker", str(path), strategy, measure),
-        ],
-        check=True,
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        timeout=240,
-    )
-    found = torch.load(path, weights_only=True)
-    model = worker.Net()
-    base = torch.optim.Adam(model.parameters(), lr=0.02)
-    optimizer = ce.ConstrainedOptimizer(base, *worker.records(model, measure))
-    parameters = worker.run(model, model, optimizer, slice(None))
-    now = optimizer.readings()
-    assert (now.multipliers > 0).any()
-    for mine, theirs in zip(parameters, found["parameters"], strict=True):
-        assert torch.allclose(mine, theirs, rtol=0, atol=1e-6 if measure in ("relative", "activation") else 1e-12)
-    for theirs in found["multipliers"]:
-        assert torch.equal(theirs, found["multipliers"][0])
-        assert torch.allclose(theirs, now.multipliers, rtol=0, atol=1e-6)
-    if strategy == "fsdp":
-        assert found["state"] == ["param_groups", "state"]
+def test_processes_equal_a_single_one_and_take_up_each_others_checkpoints(tmp_path: Path) -> None:
+    """Two processes train and save; four train as well, and go on from what two have saved; so does one."""
+    expected = {name: single(name) for name in (*CASES, *CHECKPOINTS)}
+    assert all((e["processes"][0]["multipliers"] > 0).any() for n, e in expected.items() if "projection" not in n)
+    for processes in (2, 4):
+        start(main, processes, tmp_path)
+        found = torch.load(tmp_path / f"found-{processes}.pt", weights_only=True)
+        assert found.keys() == expected.keys()
+        for name in expected:
+            assert_same(found[name], expected[name], name)
+    for name in CHECKPOINTS:
+        assert_same(resumed(name, tmp_path / name), expected[name], name)
