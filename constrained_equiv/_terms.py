@@ -121,24 +121,33 @@ class NonEquivariantTerm(nn.Module):
         form = "complement" if self.complement else "free"
         return f"{' x '.join(map(str, self.weight.shape))}, {form}{', gated' if self.gate is not None else ''}"
 
-    def get_extra_state(self) -> dict[str, Any]:
-        """Say in a checkpoint how the layer was relaxed."""
-        return {"shape": list(self.weight.shape), "complement": self.complement, "gated": self.gate is not None}
+    def get_extra_state(self) -> Tensor:
+        """Say in a checkpoint how the layer was relaxed, in numbers: some formats hold nothing but tensors."""
+        return torch.tensor([self.complement, self.gate is not None, *self.weight.shape], device=self.weight.device)
 
-    def set_extra_state(self, state: dict[str, Any]) -> None:
+    def set_extra_state(self, state: Tensor) -> None:
         """Do nothing: the description was compared before anything was loaded."""
 
     def check_state_dict(self, state_dict: dict[str, Any], prefix: str) -> bool:
         """Return whether a checkpoint has this term, under a prefix; refuse one of a differently relaxed layer."""
         if not any(key.startswith(prefix) for key in state_dict):
             return False
-        saved, own = state_dict.get(f"{prefix}_extra_state", {}), self.get_extra_state()
+        found = state_dict.get(f"{prefix}_extra_state")
+        saved = {} if found is None else _described(found.tolist())
+        own = _described([self.complement, self.gate is not None, *self.weight.shape])
         if saved != own:
             raise CheckpointError(
                 f"{prefix[:-1]} of the checkpoint was relaxed as {saved}: expected {own}; nothing was loaded. "
                 "Call ce.relax with the same layers, complement= and gate= before loading"
             )
         return True
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        """Save W as a tensor of its own: where terms lie in one block, some formats would take them for one tensor."""
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        key = f"{prefix}weight"
+        if not keep_vars and _is_part(destination[key]):
+            destination[key] = destination[key].clone()
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """Load a plain checkpoint, one without terms, as W = 0."""
@@ -147,3 +156,13 @@ class NonEquivariantTerm(nn.Module):
         else:
             with torch.no_grad():
                 self.weight.zero_()
+
+
+def _described(numbers: list[int]) -> dict[str, Any]:
+    complement, gated, *shape = numbers
+    return {"shape": shape, "complement": bool(complement), "gated": bool(gated)}
+
+
+def _is_part(tensor: Tensor) -> bool:
+    """Whether a plain tensor lies in a block of memory larger than itself."""
+    return type(tensor) is Tensor and tensor.untyped_storage().nbytes() > tensor.numel() * tensor.element_size()

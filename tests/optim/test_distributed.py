@@ -56,6 +56,7 @@ def assert_same(found: dict[str, Any], expected: dict[str, Any], name: str) -> N
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")  # said by a checkpoint that one reads
 def test_processes_equal_a_single_one_and_take_up_each_others_checkpoints(tmp_path: Path) -> None:
     """Two processes train and save; four train as well, and go on from what two have saved; so does one."""
     expected = {name: single(name) for name in (*CASES, *CHECKPOINTS)}

@@ -175,7 +175,7 @@ class Run:
 
     def load(self, path: Path) -> None:
         state = self._state()
-        dcp.load(state, checkpoint_id=str(path), no_dist=not self.parallel)
+        dcp.load(state, checkpoint_id=str(path))
         set_state_dict(self.model, self.optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
 
     def _state(self) -> dict[str, Any]:
