@@ -221,6 +221,10 @@ class Engine:
     @torch.no_grad()
     def after(self) -> None:
         """Put the terms back where they belong, and move on to the next level."""
+        if self._waiting():
+            self._idle += 1
+            return
+        self._idle = 0
         self._project_weights()
         if self.options.enforce == "proximal":
             self._shrink()
@@ -228,9 +232,7 @@ class Engine:
         if late and self.multipliers is not None:
             self._measure(synchronise=False)
             self.multipliers.ascend(self.violations)
-        self._idle = self._idle + 1 if self._waiting() else 0
-        if not self._idle:
-            self.step += 1
+        self.step += 1
         self._write_levels()
         self._write_scales()
         if self.options.enforce == "projection":

@@ -1,5 +1,6 @@
 """Our step is Cooper's: for every formulation, type, dual and order, and a stock Cooper user can take our problem."""
 
+import copy
 import itertools
 from typing import Any
 
@@ -36,12 +37,14 @@ LEVEL, PENALTY, ROWS = 0.2, 0.7, 4
 class Reference(cooper.ConstrainedMinimizationProblem):
     """The same problem as a Cooper user writes it, differentiated by autograd."""
 
-    def __init__(self, weights: list[nn.Parameter], targets: list[Tensor], kind: str, formulation: Any) -> None:
+    def __init__(
+        self, weights: list[nn.Parameter], targets: list[Tensor], kind: str, formulation: Any, multiplier: Any = None
+    ) -> None:
         super().__init__()
         self.weights, self.targets = weights, targets
         size, dtype = len(weights), torch.float64
-        multiplier = coefficient = None
-        if formulation.expects_multiplier:
+        coefficient = None
+        if formulation.expects_multiplier and multiplier is None:
             multiplier = cooper.multipliers.DenseMultiplier(init=torch.zeros(size, dtype=dtype), dtype=dtype)
         if formulation.expects_penalty_coefficient:
             coefficient = cooper.penalty_coefficients.DensePenaltyCoefficient(torch.full((size,), PENALTY, dtype=dtype))
@@ -182,7 +185,6 @@ def test_inequalities_and_equalities_share_one_problem() -> None:
 
 
 def test_a_problem_iterates_in_order_and_can_be_copied() -> None:
-    import copy
     import pickle
 
     model, *_ = start()
@@ -190,3 +192,101 @@ def test_a_problem_iterates_in_order_and_can_be_copied() -> None:
     for replica in (copy.deepcopy(problem), pickle.loads(pickle.dumps(problem))):
         assert [n for n, _ in replica.named_constraints()] == [n for n, _ in problem.named_constraints()]
         assert all(torch.equal(a, b) for a, b in zip(replica.dual_parameters(), problem.dual_parameters(), strict=True))
+
+
+class Softplus(cooper.multipliers.Multiplier):
+    """Multipliers that are positive by their parametrisation, so that no step has to be clipped."""
+
+    expects_constraint_features = False
+
+    def __init__(self, init: Tensor) -> None:
+        super().__init__()
+        self.raw = nn.Parameter(init - 2.0)
+
+    def forward(self) -> Tensor:
+        return nn.functional.softplus(self.raw)
+
+    def post_step_(self) -> None:
+        pass
+
+
+class Damped(Lagrangian):
+    """A formulation of one's own: half the pull."""
+
+    def compute_contribution_to_primal_lagrangian(self, *args: Any, **kwargs: Any) -> Any:
+        store = super().compute_contribution_to_primal_lagrangian(*args, **kwargs)
+        return store._replace(lagrangian_contribution=0.5 * store.lagrangian_contribution)
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("formulation", [Damped, Lagrangian, AugmentedLagrangian])
+def test_formulations_and_multipliers_of_ones_own_plug_in(formulation: Any, order: Any) -> None:
+    model, weights, targets, copies = start()
+    optimizer = ours(model, "inequality", formulation=formulation, multiplier=Softplus, dual_lr=0.3, order=order)
+    minimise(optimizer, lambda: task(weights, targets), 20)
+
+    own = Softplus(torch.zeros(len(copies), dtype=torch.float64))
+    problem = Reference(copies, targets, "inequality", formulation, own)
+    dual = torch.optim.SGD(own.parameters(), lr=0.3, maximize=True)
+    roll = ORDERS[order](problem, torch.optim.Adam(copies, lr=0.05), dual)
+    for _ in range(20):
+        roll.roll()
+    assert all(torch.allclose(a, b, rtol=0, atol=1e-12) for a, b in zip(weights, copies, strict=True))
+    found = optimizer.readings().multipliers
+    assert torch.allclose(found, own().detach(), rtol=0, atol=1e-12) and (found > 0).all()
+
+    again, other, _, _ = start()
+    resumed = ours(again, "inequality", formulation=formulation, multiplier=Softplus, dual_lr=0.3, order=order)
+    again.load_state_dict(model.state_dict())
+    resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    minimise(optimizer, lambda: task(weights, targets), 3)
+    minimise(resumed, lambda: task(other, targets), 3)
+    assert all(torch.equal(a, b) for a, b in zip(weights, other, strict=True))
+    assert torch.equal(optimizer.readings().multipliers, resumed.readings().multipliers)
+
+
+@pytest.mark.parametrize(
+    ("multiplier", "message"),
+    [
+        (lambda init: nn.Linear(1, 1), "expected a cooper.multipliers.Multiplier of 3 values"),
+        (lambda init: cooper.multipliers.IndexedMultiplier(init=init), "without constraint features"),
+        (lambda init: Softplus(init[:1]), r"shape \(1,\): expected \(3,\)"),
+    ],
+)
+def test_multipliers_that_do_not_fit_are_refused(multiplier: Any, message: str) -> None:
+    model, *_ = start()
+    with pytest.raises(ce.errors.ConstraintError, match=message):
+        ours(model, "inequality", multiplier=multiplier)
+
+
+def test_a_price_bounds_coopers_own_multipliers_only() -> None:
+    model, *_ = start()
+    record = ce.constraints.resilient(ce.constraints.weight(model, level=0.0), price=0.1)
+    with pytest.raises(ce.errors.ConstraintError, match="leave multiplier= out"):
+        ce.ConstrainedOptimizer(torch.optim.Adam(model.parameters()), record, multiplier=Softplus)
+
+
+def test_stock_cooper_rolls_a_resilient_problem() -> None:
+    """Slacks are solved for before Cooper sees the violations; a caller of `roll` does the same."""
+    model, weights, targets, copies = start()
+    record = ce.constraints.resilient(ce.constraints.weight(model, level=LEVEL), cost="quadratic", price=0.5)
+    optimizer = ce.ConstrainedOptimizer(
+        torch.optim.Adam(model.parameters(), lr=0.05), record, penalty=PENALTY, order="simultaneous"
+    )
+    minimise(optimizer, lambda: task(weights, targets), 20)
+
+    other, _, _, _ = start()
+    multipliers = ours(other, "inequality").multipliers
+
+    def violations() -> dict[str, Tensor]:
+        excess = torch.stack([w.norm() for w in copies]) / ROWS**0.5 - LEVEL
+        slack = record.slack.solve(multipliers.values, excess.detach(), multipliers.penalties, False)
+        return {"inequality": excess - slack}
+
+    dual = torch.optim.SGD(list(multipliers.problem.dual_parameters()), lr=PENALTY, maximize=True)
+    roll = ORDERS["simultaneous"](multipliers.problem, torch.optim.Adam(copies, lr=0.05), dual)
+    for _ in range(20):
+        roll.roll(compute_cmp_state_kwargs={"loss": lambda: task(copies, targets), "violations": violations})
+    assert (optimizer.readings().slacks > 0).all()
+    assert all(torch.allclose(a, b, rtol=0, atol=1e-12) for a, b in zip(weights, copies, strict=True))
+    assert torch.allclose(optimizer.readings().multipliers, multipliers.values, rtol=0, atol=1e-12)

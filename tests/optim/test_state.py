@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 import constrained_equiv as ce
+from constrained_equiv.monitor import Monitor
 from tests.optim.test_setups import Net, data, loss, parameters, same, train, wrap
 
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -91,32 +92,61 @@ def test_every_record_resumes(record: str, tmp_path: Path) -> None:
     )
 
 
+def killable(how: str) -> tuple[Net, Any, Any, Monitor]:
+    """A model, what steps it, what tells about it, and a monitor, of one of the kinds that a killed run resumes."""
+    model = Net()
+    options = {
+        "default": {},
+        "growing penalty, dual momentum": {**OPTIONS["growing penalty"], **OPTIONS["dual momentum"]},
+        "nupi": OPTIONS["nupi"],
+        "resilient": {},
+        "attached": {},
+    }[how]
+    record = ce.constraints.weight(model, level=FALLING)
+    if how == "resilient":
+        record = ce.constraints.resilient(record, price=0.1, cost="quadratic")
+    base = torch.optim.Adam(model.parameters(), lr=0.02)
+    if how == "attached":
+        handle = ce.attach(base, record, **options)
+        return model, base, handle, Monitor(handle)
+    optimizer = ce.ConstrainedOptimizer(base, record, **options)
+    return model, optimizer, optimizer, Monitor(optimizer)
+
+
+KILLABLE = ["default", "growing penalty, dual momentum", "nupi", "resilient", "attached"]
 RUN = """
 import os, signal, sys, torch
 sys.path.insert(0, {root!r})
 torch.set_num_threads(1)
-from tests.optim.test_state import FALLING, Net, data, train, wrap
+from tests.optim.test_state import KILLABLE, data, killable, train
 path, until, kill = sys.argv[1], int(sys.argv[2]), sys.argv[3] == "kill"
 torch.manual_seed(0)
-model = Net()
+runs = [killable(how) for how in KILLABLE]
 x, y = data()
-optimizer = wrap(model, level=FALLING)
 if os.path.exists(path):
-    saved = torch.load(path, weights_only=True)
-    model.load_state_dict(saved["model"])
-    optimizer.load_state_dict(saved["optimizer"])
-while optimizer.finished_steps < until:
-    train(model, optimizer, x, y, 1)
-    if optimizer.finished_steps % 4 == 0:
-        torch.save({{"model": model.state_dict(), "optimizer": optimizer.state_dict()}}, path + ".new")
-        os.replace(path + ".new", path)
-    if kill and optimizer.finished_steps == 10:
+    for (model, optimizer, _, monitor), saved in zip(runs, torch.load(path, weights_only=True)):
+        model.load_state_dict(saved["model"])
+        optimizer.load_state_dict(saved["optimizer"])
+        monitor.load_state_dict(saved["monitor"])
+def save():
+    torch.save(
+        [{{"model": m.state_dict(), "optimizer": o.state_dict(), "monitor": w.state_dict()}} for m, o, _, w in runs],
+        path + ".new",
+    )
+    os.replace(path + ".new", path)
+while (step := runs[0][2].finished_steps) < until:
+    for model, optimizer, _, _ in runs:
+        train(model, optimizer, x, y, 1)
+    if (step + 1) % 4 == 0:
+        save()
+    if kill and step + 1 == 10:
         os.kill(os.getpid(), signal.SIGKILL)
-torch.save({{"model": model.state_dict(), "optimizer": optimizer.state_dict()}}, path)
+save()
 """
 
 
-def test_a_killed_run_resumes_bit_for_bit(tmp_path: Path) -> None:
+def test_killed_runs_resume_bit_for_bit(tmp_path: Path) -> None:
+    """Plain and resilient, every state that a dual has, through hooks, and what the monitor has seen."""
     script = tmp_path / "run.py"
     script.write_text(RUN.format(root=str(Path(__file__).parents[2])))
 
@@ -128,6 +158,7 @@ def test_a_killed_run_resumes_bit_for_bit(tmp_path: Path) -> None:
     assert run("killed.pt", "on") == 0
     assert run("whole.pt", "on") == 0
     saved = [torch.load(tmp_path / name, weights_only=True) for name in ("killed.pt", "whole.pt")]
+    assert [len(s["monitor"]["steps"]) for s in saved[0]] == [18] * len(KILLABLE)
     flat = [torch.utils._pytree.tree_flatten(s)[0] for s in saved]
     assert len(flat[0]) == len(flat[1])
     for one, two in zip(*flat, strict=True):
@@ -158,7 +189,7 @@ def _version(state: dict[str, Any]) -> None:
 
 
 def _size(state: dict[str, Any]) -> None:
-    state["constrained"]["dual"]["multipliers"]["inequality"] = torch.zeros(7)
+    state["constrained"]["dual"]["multipliers"]["inequality.weight"] = torch.zeros(7)
 
 
 def _formulation(state: dict[str, Any]) -> None:
@@ -218,3 +249,86 @@ def test_cooper_optimizers_with_enums_stay_loadable(tmp_path: Path) -> None:
     train(model, optimizer, *data(), 2)
     torch.save(optimizer.state_dict(), tmp_path / "o.pt")
     assert torch.load(tmp_path / "o.pt", weights_only=True)["constrained"]["step"] == 2
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_checkpoint_helpers_move_no_schedule(momentum: float) -> None:
+    """An optimizer without state, such as SGD, is stepped by the helper at every checkpoint, with all rates 0."""
+    from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+
+    model = Net()
+    optimizer = wrap(model, lambda ps, lr: torch.optim.SGD(ps, lr=lr, momentum=momentum), level=FALLING)
+    for step in range(3):
+        train(model, optimizer, *data(), 1)
+        optimizer.zero_grad()
+        before, now = parameters(copy.deepcopy(model)), optimizer.readings()
+        set_optimizer_state_dict(model, optimizer, get_optimizer_state_dict(model, optimizer))
+        assert optimizer.finished_steps == step + 1
+        assert torch.equal(optimizer.readings().multipliers, now.multipliers)
+        assert all(map(torch.equal, before, parameters(model)))
+
+
+@pytest.mark.parametrize("level", [FALLING, 0.0, ce.schedules.join([ce.schedules.constant(0.0), FALLING], [2])])
+def test_distributed_checkpoints_know_the_state_of_terms_at_zero(level: Any) -> None:
+    from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+
+    model = Net()
+    optimizer = wrap(model, level=level)
+    train(model, optimizer, *data(), 14)  # in the tail
+    if isinstance(level, float):
+        optimizer.state.clear()  # as before the first step
+        optimizer.zero_grad()
+    state = get_optimizer_state_dict(model, optimizer)
+    assert set(state["state"]) == {name for name, _ in model.named_parameters()}
+    fresh = Net()
+    set_optimizer_state_dict(fresh, wrap(fresh, level=level), state)
+
+
+def test_a_level_that_rises_again_finds_fresh_base_state() -> None:
+    model = Net()
+    level = ce.schedules.join(
+        [ce.schedules.constant(0.1), ce.schedules.constant(0.0), ce.schedules.constant(0.1)], [2, 4]
+    )
+    optimizer = wrap(model, level=level)
+    term = ce.relaxations(model)[0].term
+    train(model, optimizer, *data(), 3)
+    assert torch.equal(term.weight, torch.zeros_like(term.weight))
+    train(model, optimizer, *data(), 2)
+    assert optimizer.state[term.weight]["step"] == 1 and optimizer.state[model.layers[0].weight]["step"] == 5
+
+
+@pytest.mark.parametrize("attached", [False, True])
+def test_the_constraints_part_is_an_entry_of_its_own(attached: bool) -> None:
+    model, optimizer, handle, _ = killable("attached" if attached else "nupi")
+    train(model, optimizer, *data(), 3)
+    saved = handle.constraint_state.state_dict()
+    now = handle.readings().multipliers
+    train(model, optimizer, *data(), 2)
+    handle.constraint_state.load_state_dict(saved)
+    assert handle.finished_steps == 3 and torch.equal(handle.readings().multipliers, now)
+    other = Net()
+    wrong = wrap(other, level=0.1, formulation="quadratic_penalty")
+    with pytest.raises(ce.errors.CheckpointError, match="formulation of the saved run"):
+        wrong.constraint_state.load_state_dict(saved)
+    assert wrong.finished_steps == 0
+
+
+def test_no_two_tensors_of_a_checkpoint_share_memory() -> None:
+    """Terms lie in one block; formats that keep one of several tensors that share memory would lose the others."""
+    model = Net()
+    wrap(model)
+    blocks = [tensor.untyped_storage().data_ptr() for tensor in model.state_dict().values()]
+    assert len(set(blocks)) == len(blocks)
+    weights = [r.term.weight for r in ce.relaxations(model)]
+    assert len({weight.untyped_storage().data_ptr() for weight in weights}) == 1
+
+
+def test_records_of_other_constraints_are_refused() -> None:
+    model, other = Net(), Net()
+    optimizer = wrap(model)
+    monitor = Monitor(optimizer)
+    train(model, optimizer, *data(), 1)
+    first = ce.constraints.weight(other, level=0.1, where=lambda name: "0" in name)
+    elsewhere = Monitor(ce.ConstrainedOptimizer(torch.optim.Adam(other.parameters()), first))
+    with pytest.raises(ce.errors.CheckpointError, match=r"layers\.1 .*expected"):
+        elsewhere.load_state_dict(monitor.state_dict())
