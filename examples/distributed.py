@@ -2,8 +2,9 @@
 
     torchrun --nproc-per-node 2 -m examples.distributed [--strategy ddp|fsdp] [--steps 200]
 
-Every process sees its own rows of each batch; multipliers are identical on all of them. With `fsdp` the terms are
-sharded, and measuring them takes one all-reduce of as many numbers as there are layers.
+Every process sees its own rows of each batch; multipliers are identical on all of them, and the result is that of one
+process. With `fsdp` the terms are sharded, and measuring them takes one all-reduce of as many numbers as there are
+layers. On several machines, start the same command on each with torchrun's --nnodes, --node-rank and --rdzv-endpoint.
 """
 
 import argparse
@@ -46,7 +47,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--strategy", choices=["ddp", "fsdp"], default="ddp")
     parser.add_argument("--steps", type=int, default=200)
-    parser.add_argument("--batch", type=int, default=64, help="rows of each process")
+    parser.add_argument("--batch", type=int, default=64, help="rows, shared by the processes")
     options = parser.parse_args()
     cuda = torch.cuda.is_available()
     dist.init_process_group("nccl" if cuda else "gloo")
@@ -62,10 +63,10 @@ def main() -> None:
     base = torch.optim.Adam(ce.parameter_groups(model, lr=1e-2))  # <- library: after it
     optimizer = ce.ConstrainedOptimizer(base, ce.constraints.weight(model, level=level))  # <- library
 
-    torch.manual_seed(1 + rank)
-    loss = torch.zeros(())
+    torch.manual_seed(1)
+    loss, processes = torch.zeros(()), dist.get_world_size()
     for step in range(options.steps):
-        x = torch.randn(options.batch, 3, device=device)
+        x = torch.randn(options.batch, 3)[rank::processes].to(device)
         y = x * x.norm(dim=1, keepdim=True)
         optimizer.zero_grad()
         loss = (trained(x) - y).square().mean()
@@ -76,12 +77,14 @@ def main() -> None:
             print(f"step {step}: loss {float(loss.detach()):.4f}, largest term {float(now.values.max()):.2e}")
 
     multipliers = optimizer.readings().multipliers
-    everywhere = [torch.empty_like(multipliers) for _ in range(dist.get_world_size())]
+    everywhere = [torch.empty_like(multipliers) for _ in range(processes)]
     dist.all_gather(everywhere, multipliers)
     identical = all(torch.equal(m, multipliers) for m in everywhere)
     largest = float(optimizer.readings().values.max())
+    average = loss.detach() / processes
+    dist.all_reduce(average)
     if rank == 0:
-        print(f"final loss {float(loss.detach()):.4f}, largest term {largest:.1e}, same multipliers: {identical}")
+        print(f"final loss {float(average):.4f}, largest term {largest:.1e}, same multipliers: {identical}")
     dist.destroy_process_group()
 
 

@@ -119,6 +119,64 @@ def test_a_schedule_that_is_too_fast_is_named() -> None:
     assert "more steps" in monitor.diagnose()
 
 
+def judged(record: Any, model: Any, terms: Any, target: float, steps: int, **options: Any) -> Monitor:
+    optimizer = ce.ConstrainedOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), record, **options)
+    monitor = Monitor(optimizer)
+    minimise(optimizer, lambda: 0.5 * (terms[0].weight - target).square().sum(), steps)
+    return monitor
+
+
+def test_a_multiplier_that_follows_a_falling_level_is_no_resistance() -> None:
+    model, terms = layers((1, 1))
+    monitor = judged(ce.constraints.weight(model, level=ce.schedules.linear(2.0, 0.5, 400)), model, terms, 2.0, 300)
+    assert set(monitor.verdicts().values()) == {"growing"}
+    assert "still grows" in monitor.diagnose() and "nothing to change" in monitor.diagnose()
+
+
+@pytest.mark.parametrize(("steps", "verdict"), [(400, "zero"), (4, "cut")])
+def test_a_term_that_was_cleared_while_large_is_named(steps: int, verdict: str) -> None:
+    model, terms = layers((1, 1))
+    torch.nn.init.constant_(terms[0].weight, 2.0)
+    level = ce.schedules.linear(2.0, 0.0, steps)
+    monitor = judged(ce.constraints.weight(model, level=level), model, terms, 2.0, steps + 20)
+    assert set(monitor.verdicts().values()) == {verdict}
+    assert ("too fast" in monitor.diagnose()) == (verdict == "cut")
+
+
+def test_a_slack_is_no_violation() -> None:
+    """min 1/2 (w - 2)^2 + 0.5 u, |w| <= u: w = u = 1.5. The monitor says what that is worth, and counts the slack."""
+    model, terms = layers((1, 1))
+    record = ce.constraints.resilient(ce.constraints.weight(model, level=0.0), price=0.5)
+    monitor = judged(record, model, terms, 2.0, 300)
+    assert set(monitor.verdicts().values()) == {"giving way"} and "price" in monitor.diagnose()
+    assert monitor.history().slacks[-1] == pytest.approx(1.5, abs=1e-6)
+    found = float(monitor.summary().split("worst violation ")[1].split()[0])
+    assert found == pytest.approx(0.0, abs=1e-6)
+
+
+@pytest.mark.parametrize("side", [1.0, -1.0])
+def test_an_equality_is_violated_on_both_sides(side: float) -> None:
+    model, terms = layers((1, 1), gate=True)
+    torch.nn.init.constant_(terms[0].gate, side)
+    base = torch.optim.SGD([p for t in terms for p in t.parameters()], lr=1e-3)
+    optimizer = ce.ConstrainedOptimizer(base, ce.constraints.gate(model), **{**SLOW, "dual_lr": 1e-3})
+    monitor = Monitor(optimizer)
+    minimise(optimizer, lambda: 0.5 * (terms[0].gate - 2.0 * side).square(), 60)
+    assert set(monitor.verdicts().values()) == {"resisting"}
+    assert "worst violation " + ("+" if side > 0 else "-") in monitor.summary()
+
+
+def test_tensorboard_takes_the_scalars(tmp_path: Path) -> None:
+    tensorboard = pytest.importorskip("torch.utils.tensorboard")
+    model = Net()
+    optimizer = wrap(model)
+    monitor = Monitor(optimizer)
+    train(model, optimizer, *data(), 2)
+    with tensorboard.SummaryWriter(str(tmp_path)) as writer:
+        monitor.write_tensorboard(writer)
+    assert any(path.stat().st_size > 0 for path in tmp_path.iterdir())
+
+
 def test_recording_reads_nothing() -> None:
     model = Net()
     optimizer = wrap(model, torch.optim.SGD)

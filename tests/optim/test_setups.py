@@ -215,6 +215,26 @@ def test_frozen_terms_are_left_alone() -> None:
     assert torch.equal(frozen.weight, before) and frozen.weight.grad is None
 
 
+def test_terms_are_frozen_and_released_in_the_middle() -> None:
+    """Frozen, layer and term stay where they are; released, both train on and meet the level."""
+    model = Net()
+    optimizer = wrap(model, level=ce.schedules.linear(0.2, 0.05, 20))
+    layer = ce.relaxations(model)[0].layer
+    x, y = data()
+    train(model, optimizer, x, y, 5)
+    layer.requires_grad_(False)
+    before = [p.clone() for p in layer.parameters()]
+    train(model, optimizer, x, y, 5)
+    assert all(map(torch.equal, layer.parameters(), before))
+    layer.requires_grad_(True)
+    for rate in (5e-3, 1e-3):
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        train(model, optimizer, x, y, 150)
+    assert not any(map(torch.equal, layer.parameters(), before))
+    assert (values(optimizer) <= 0.05 + 2e-2).all()
+
+
 def test_a_learning_rate_of_zero_moves_nothing() -> None:
     model = Net()
     optimizer = wrap(model, torch.optim.SGD)
@@ -348,6 +368,58 @@ def test_averaged_models_average_terms() -> None:
         assert torch.allclose(projected, r.term.weight, atol=1e-14)
 
 
+class Normalised(nn.Module):
+    """A relaxed layer and batch statistics of what it puts out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = points(1)
+        self.norm = nn.BatchNorm1d(2, dtype=torch.float64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(self.layers[0](x).flatten(0, 1)).view(x.shape)
+
+
+@pytest.mark.parametrize("ema", [False, True])
+def test_an_average_is_finished_like_the_model(ema: bool) -> None:
+    """Its statistics are gathered with its terms off, by `update_bn` as by `finalize`."""
+    swa = torch.optim.swa_utils
+    model = Normalised()
+    average = swa.AveragedModel(model, multi_avg_fn=swa.get_ema_multi_avg_fn(0.9) if ema else None)
+    optimizer = wrap(model, level=ce.schedules.linear(0.2, 0.0, 6))
+    x, y = data()
+    for _ in range(8):
+        train(model, optimizer, x, y, 1)
+        average.update_parameters(model)
+    (relaxed,) = ce.relaxations(average)
+    assert relaxed.term.weight.norm() > 1e-3 and not ce.relaxations(model)[0].term.weight.any()  # the past lingers
+    other = copy.deepcopy(average)
+    with ce.disabled(other):
+        swa.update_bn([x[:16], x[16:]], other)
+    with pytest.raises(ce.errors.ViolationError, match="above"):
+        ce.finalize(average.module)
+    ce.finalize(average.module, on_violation="drop", batches=[x[:16], x[16:]], forward=lambda m, b: m(b))
+    ce.finalize(other.module, on_violation="drop")
+    assert type(average.module.layers[0]) is nn.Linear
+    for net in (average, other):
+        net.eval()
+    assert torch.allclose(average(x), other(x), atol=1e-10)
+    mixed = x.roll(1, 1)
+    assert torch.allclose(average(mixed), average(x).roll(1, 1), atol=1e-12)
+
+
+def test_an_average_that_starts_in_the_tail_has_no_terms() -> None:
+    model = Net()
+    optimizer = wrap(model, level=ce.schedules.linear(0.2, 0.0, 3))
+    average = None
+    for _ in range(6):
+        train(model, optimizer, *data(), 1)
+        if optimizer.settled:
+            average = average or torch.optim.swa_utils.AveragedModel(model)
+            average.update_parameters(model)
+    ce.finalize(average.module)
+
+
 def test_model_and_optimizer_are_copied_together() -> None:
     model = Net()
     optimizer = wrap(model, level=ce.schedules.linear(0.1, 0.0, 8))
@@ -370,13 +442,45 @@ def test_pickling_is_refused_with_the_way_out() -> None:
         pickle.dumps(wrap(Net()))
 
 
-def test_a_compiled_model_trains_the_same() -> None:
-    model, other = twins()
-    x, y = data()
+def compilable(which: str) -> tuple[nn.Module, Tensor]:
+    if which == "nn.Linear":
+        return Net(), data()[0]
+    if which == "vector neurons":
+        model = nn.ModuleList(nn.Linear(4, 4, bias=False, dtype=torch.float64) for _ in range(2))
+        net = nn.Sequential(*model)
+        ce.relax(
+            net, where=lambda n, m: isinstance(m, nn.Linear), adapter=ce.adapters.vector_neurons(axis=-1), init=0.1
+        )
+        return net, torch.randn(8, 3, 4, dtype=torch.float64)
+    o3 = pytest.importorskip("e3nn.o3")
+    torch.set_default_dtype(torch.float64)
+    try:
+        return ce.relax(o3.Linear("2x0e + 2x1o", "2x0e + 2x1o"), init=0.1), torch.randn(8, 8)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize("which", ["nn.Linear", "vector neurons", "e3nn"])
+def test_a_compiled_model_trains_the_same(which: str) -> None:
+    model, x = compilable(which)
+    other = copy.deepcopy(model)
+    y = torch.randn_like(model(x))
     train(model, wrap(model), x, y, 3)
     compiled = torch.compile(other, fullgraph=True, backend="aot_eager")
     train(compiled, wrap(other), x, y, 3)
     assert same(model, other, 1e-12)
+
+
+@pytest.mark.parametrize("formulation", ["lagrangian", "augmented_lagrangian", "quadratic_penalty"])
+def test_the_closed_form_compiles_as_one_graph(formulation: Any) -> None:
+    one, two = (wrap(Net(), formulation=formulation, penalty_growth=g).multipliers for g in (1.0, 1.0))
+    ascend = torch.compile(two.ascend, fullgraph=True, backend="aot_eager")
+    coefficients = torch.compile(two.coefficients, fullgraph=True, backend="aot_eager")
+    for violations in torch.randn(3, 2, dtype=torch.float64):
+        one.ascend(violations)
+        ascend(violations)
+        assert torch.equal(one.values, two.values)
+        assert torch.equal(one.coefficients(violations), coefficients(violations))
 
 
 # --- attach ---
@@ -452,6 +556,28 @@ def test_attached_skipping_and_detaching() -> None:
     train(other, torch.optim.SGD(other.parameters(), lr=0.02), x, y, 2)
     assert same(model, other)
     assert "constrained" not in plain.state_dict()
+
+
+def test_a_monitor_watches_an_attached_optimizer() -> None:
+    """What it records is what it records of the wrapped one; skipped steps leave no record."""
+    found = []
+    for attached in (False, True):
+        torch.manual_seed(0)
+        model = Net()
+        x, y = data()
+        base = torch.optim.Adam(model.parameters(), lr=0.02)
+        wrap_it = ce.attach if attached else ce.ConstrainedOptimizer
+        handle = wrap_it(base, ce.constraints.weight(model, level=LEVEL), on_nonfinite="skip")
+        optimizer = base if attached else handle
+        monitor = ce.monitor.Monitor(handle)
+        train(model, optimizer, x, y, 3)
+        train(model, optimizer, x * torch.nan, y, 2)
+        train(model, optimizer, x, y, 2)
+        found.append((monitor.history(), monitor.summary(), monitor.diagnose()))
+    one, two = found
+    assert list(one[0].steps) == list(two[0].steps) == [1, 2, 3, 4, 5]
+    assert all((a == b).all() for a, b in zip(one[0][2:], two[0][2:], strict=True))
+    assert one[1:] == two[1:]
 
 
 def test_attaching_to_a_wrapped_optimizer_is_refused() -> None:
