@@ -35,8 +35,8 @@ OPTIONAL = ("e3nn", "escnn", "hypothesis", "matplotlib", "pytest", "lightning", 
 
 SURFACE = """
 constrained_equiv.ConstrainedOptimizer(base, *constraints, formulation='augmented_lagrangian', penalty=1.0,
-    penalty_growth=1.0, dual='sgd', dual_lr=None, order='dual-primal', enforce='multipliers', at_zero='clear',
-    on_nonfinite='ignore')
+    penalty_growth=1.0, dual='sgd', dual_lr=None, multiplier=None, order='dual-primal', enforce='multipliers',
+    at_zero='clear', on_nonfinite='ignore')
 constrained_equiv.Report(layers, output_change, error_before, error_after, recalibrated, notes)
 constrained_equiv.Symmetry(group, inputs, outputs)
 constrained_equiv.actions
@@ -44,7 +44,8 @@ constrained_equiv.adapters
 constrained_equiv.assert_equivariant(model, inputs, *, symmetry, tolerance=None, samples=8, generator=None)
 constrained_equiv.assert_equivariant_at(model, inputs, element, *, symmetry, tolerance=None)
 constrained_equiv.attach(optimizer, *constraints, formulation='augmented_lagrangian', penalty=1.0, penalty_growth=1.0,
-    dual='sgd', dual_lr=None, order='dual-primal', enforce='multipliers', at_zero='clear', on_nonfinite='ignore')
+    dual='sgd', dual_lr=None, multiplier=None, order='dual-primal', enforce='multipliers', at_zero='clear',
+    on_nonfinite='ignore')
 constrained_equiv.audit(model, inputs, *, symmetry, pipeline=(), layers=None, tolerance=None, samples=2,
     generator=None)
 constrained_equiv.constraints
@@ -179,7 +180,7 @@ constrained_equiv.presets.triangle(model, *, steps, coefficient=0.01, norm='acti
     adapter=None)
 constrained_equiv.monitor.BestModel(model, optimizer, *, higher_is_better=False, device='cpu')
 constrained_equiv.monitor.EarlyStopping(optimizer, *, patience, higher_is_better=False)
-constrained_equiv.monitor.History(steps, names, values, levels, multipliers)
+constrained_equiv.monitor.History(steps, names, values, levels, multipliers, slacks)
 constrained_equiv.monitor.Monitor(optimizer, *, every=1)
 constrained_equiv.testing.Network(name, model, inputs, symmetry)
 constrained_equiv.testing.action_laws(action, values, *, group, tolerance=1e-09)
