@@ -525,10 +525,8 @@ class Engine:
     def _frozen(self) -> bool:
         """Whether the terms cannot move, so that multipliers would wind up; only rates known to the host count."""
         frozen = all(isinstance(group["lr"], int | float) and group["lr"] == 0 for group in self._groups())
-        late = frozen and self._trained and any(level > 0 for level in self._levels)
-        if (
-            late and not self._warned and (self._idle > 1 or not self._waiting())
-        ):  # not on what a checkpoint helper does
+        meant = self._idle > 1 or not self._waiting()  # and is not what a checkpoint helper does, once or twice
+        if frozen and meant and self._trained and not self._warned and any(level > 0 for level in self._levels):
             self._warned = True
             warnings.warn(
                 f"step {self.step}: the learning rate of the terms is 0 while a level is {max(self._levels):.3g}: "
