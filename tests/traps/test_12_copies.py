@@ -26,7 +26,9 @@ def test_a_state_dict_is_an_alias_of_the_live_model():
     model = case.relaxed()
     best, expected = model.state_dict(), values(model)
     train(model, case.data())
-    assert not any(torch.equal(best[key], value) for key, value in expected.items() if value.ndim)
+    assert not any(
+        torch.equal(best[key], value) for key, value in expected.items() if value.dtype.is_floating_point and value.ndim
+    )
 
 
 @pytest.mark.parametrize("case", CASES)
