@@ -410,11 +410,10 @@ class Engine:
         lengths = [shares * group["lr"] for group in self._groups()]
         factors = torch.stack(lengths).amax(0).clamp_min_(1.0).reciprocal_().sub_(1.0)
         for stack in self._awake:
-            pairs = zip(stack.positions, stack.tables, strict=True)
-            chosen = [(i, g) for i, table in pairs if (g := table["weight"].grad) is not None]
-            if chosen:
-                gradients = [gradient for _, gradient in chosen]
-                _tensors.add_scaled_(gradients, gradients, _take(factors, [i for i, _ in chosen]))
+            weights, positions = stack.trained()
+            if weights:
+                gradients = _tensors.gradients(weights)
+                _tensors.add_scaled_(gradients, gradients, _take(factors, positions))
 
     def _project_weights(self) -> None:
         for stack in self._awake:

@@ -82,9 +82,7 @@ class Monitor:
         self.every = every
         self._optimizer = optimizer
         self._records: list[Readings] = []
-        self._signed = np.array(
-            [r.type == "equality" for r in optimizer.constraints for _ in r.entries], dtype=bool
-        )
+        self._signed = np.array([r.type == "equality" for r in optimizer.constraints for _ in r.entries], dtype=bool)
         optimizer.register_step_post_hook(lambda *_: self._record())
 
     def _record(self) -> None:
