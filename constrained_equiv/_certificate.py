@@ -259,13 +259,14 @@ def _dense_norm(module: Any) -> float | None:
     if not module.internal_weights:
         return None
     like = module.weight
-    size = module.irreps_in.dim
+    shape = (*like.shape[:-1][:1], module.irreps_in.dim)  # (f_in, irreps) where it has feature axes
+    size = math.prod(shape)
     term = getattr(module, "non_equivariant", None)
     enabled = None if term is None else term.enabled
     if term is not None:
         term.enabled = False
     try:
-        rows = module(torch.cat([torch.eye(size), torch.zeros(1, size)]).to(like))
+        rows = module(torch.cat([torch.eye(size), torch.zeros(1, size)]).view(-1, *shape).to(like)).flatten(1)
     finally:
         if term is not None:
             term.enabled = enabled

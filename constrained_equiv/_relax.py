@@ -302,6 +302,11 @@ def _check_attachable(name: str, layer: nn.Module) -> None:
         )
     if any(isinstance(p, UninitializedParameter) for p in layer.parameters()):
         raise RelaxationError(f"layer {name!r} is lazily built: run one batch through the model before ce.relax(model)")
+    if any(p.is_meta for p in layer.parameters()):
+        raise RelaxationError(
+            f"layer {name!r} is on the meta device, its weights have no values: expected a built layer; call "
+            "model.to_empty(device=...) and load or reset its weights before ce.relax(model)"
+        )
 
 
 def _check_state_dict(model: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:

@@ -382,11 +382,15 @@ def _evaluated_in(
 ) -> tuple[float, Tensor, Tensor] | None:
     """Return the error, f(x) and f(g x) in another dtype; None where the model cannot be copied or cast."""
     cast = _map_tensors(lambda t: t.to(dtype), inputs)
+    copied = _copy_of(model)
+    if copied is None:
+        return None
     try:
-        copied = copy.deepcopy(model).to(dtype) if isinstance(model, nn.Module) else model
+        if isinstance(copied, nn.Module):
+            copied.to(dtype)
         at_x = call(copied, cast)
         at_gx = leaves(call(copied, symmetry.move_inputs(worst.element, cast)))[worst.output]
-    except (RuntimeError, TypeError):  # constants of another dtype, or a module that cannot be copied
+    except (RuntimeError, TypeError):  # constants of another dtype
         return None
     expected = leaves(symmetry.move_outputs(worst.element, at_x))[worst.output]
     plain = leaves(at_x)[worst.output]
@@ -395,12 +399,19 @@ def _evaluated_in(
     return relative_gap(at_gx, expected, plain), plain, at_gx
 
 
-def _shake_weights(model: Callable[..., Any], generator: torch.Generator) -> Callable[..., Any]:
+def _copy_of(model: Callable[..., Any]) -> Callable[..., Any] | None:
+    """Copy a module, None where it cannot be copied; functions are returned as they are."""
     if not isinstance(model, nn.Module):
         return model
     try:
-        shaken = copy.deepcopy(model)
-    except (RuntimeError, TypeError):  # for example a cached non-leaf tensor
+        return copy.deepcopy(model)
+    except Exception:  # a cached non-leaf tensor, TorchScript in e3nn 0.5, groups of escnn: each raises its own
+        return None
+
+
+def _shake_weights(model: Callable[..., Any], generator: torch.Generator) -> Callable[..., Any]:
+    shaken = _copy_of(model)
+    if not isinstance(shaken, nn.Module):
         return model
     with torch.no_grad():
         for parameter in shaken.parameters():

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, partial
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -42,6 +42,7 @@ class Case:
         tolerance: relative equivariance error of the plain model in `dtype`.
         tolerance32: the same in float32.
         linear: whether the model is one relaxed layer, affine in its one argument (batch, ...).
+        folds: how much of an equivariant term the layers' own weights can hold.
         marks: further pytest marks.
     """
 
@@ -56,11 +57,15 @@ class Case:
     tolerance: float = 1e-13
     tolerance32: float = 1e-6
     linear: bool = False
+    folds: Literal["all", "part", "none"] = "all"
     marks: tuple[pytest.MarkDecorator, ...] = ()
 
     def model(self, dtype: torch.dtype | None = None) -> nn.Module:
         """A fresh copy of the same model at every call, in training mode."""
-        return copy.deepcopy(_prototype(self, dtype or self.dtype))
+        model = _prototype(self, dtype or self.dtype)
+        if any(isinstance(v, torch.jit.ScriptFunction) for m in model.modules() for v in vars(m).values()):
+            pytest.skip("this e3nn compiled a function to TorchScript, which cannot be copied")
+        return copy.deepcopy(model)
 
     def relax(self, model: nn.Module, *, init: Any = 1.0, seed: int = 0, **options: Any) -> nn.Module:
         """Relax a model of this case; the terms are not zero by default."""
@@ -164,10 +169,28 @@ class SetMixing(nn.Module):
         return self.each(features) + self.mean(features.mean(-2, keepdim=True))
 
 
+class GraphMixing(nn.Module):
+    """Mix features of pairs (..., n, n, channels) with their transposes, their means over columns, and the mean."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.mixing = nn.Linear(4 * channels, channels)
+
+    def forward(self, features: Tensor) -> Tensor:
+        means = [features.mean(axes, keepdim=True).expand_as(features) for axes in ((-2,), (-3, -2))]
+        return self.mixing(torch.cat([features, features.transpose(-3, -2), *means], -1))
+
+
 def triangle_features() -> tuple[Representation, Representation]:
     """Two representations of the symmetry group of the triangle."""
     group = groups.dihedral(3)
     return defining(group, channels=2) + regular(group), regular(group) + trivial(1, group=group) + defining(group)
+
+
+def lattice_features() -> tuple[Representation, Representation]:
+    """Coordinates in a basis of the hexagonal lattice: six turns, whose matrices are not orthogonal."""
+    group = groups.matrix_group("hexagon", generators=torch.tensor([[[1.0, -1.0], [1.0, 0.0]]]))
+    return defining(group, channels=3) + trivial(1, group=group), trivial(2, group=group) + defining(group, channels=2)
 
 
 # --- e3nn -------------------------------------------------------------------------------------------------------------
@@ -177,7 +200,10 @@ _PRODUCT = ("3x0e + 2x1o", "1x0e + 1x1o", "3x0e + 2x1o")
 _UVU = [(0, 0, 0, "uvu", True), (0, 1, 1, "uvu", True), (1, 0, 2, "uvu", True), (1, 1, 3, "uvu", True)]
 _UVU_OUT = "3x0e + 3x1o + 2x1o + 2x0e"
 _PER_EDGE = {"internal_weights": False, "shared_weights": False}
-_UVW = [(0, 0, 0, "uvw", True), (1, 1, 0, "uvw", True), (1, 0, 1, "uvw", True)]
+_EXTERNAL = {"internal_weights": False, "shared_weights": True}
+# how a path combines copies u and v into copies w: copies in each input, and in the output
+_MODES = {"uvw": ((3, 2), 4), "uvu": ((3, 2), 3), "uvv": ((2, 3), 3), "uuw": ((2, 2), 3), "uuu": ((2, 2), 2),
+          "uvuv": ((2, 3), 6), "uvu<v": ((3, 3), 3), "u<vw": ((3, 3), 2)}  # fmt: skip
 
 
 def _e3nn(kind: str, *arguments: Any, **options: Any) -> Callable[[], nn.Module]:
@@ -187,6 +213,31 @@ def _e3nn(kind: str, *arguments: Any, **options: Any) -> Callable[[], nn.Module]
         return getattr(o3, kind)(*arguments, **options)
 
     return build
+
+
+def _mode(mode: str) -> Case:
+    """A tensor product of scalars and vectors, both parities of the outputs, all of whose paths are of one mode."""
+    copies, out = _MODES[mode]
+    left, right = (f"{mul}x0e + {mul}x1o" for mul in copies)
+    outputs = f"{out}x1e + {out}x0e + {out}x1o"
+    paths = [(0, 0, 1, mode, True), (1, 0, 2, mode, True), (1, 1, 0, mode, True), (1, 1, 1, mode, True)]
+    return Case(f"e3nn tensor product, {mode}", _e3nn("TensorProduct", left, right, outputs, instructions=paths),
+                _gaussian((5, 4 * copies[0]), (5, 4 * copies[1])), _o3((left, right), outputs), needs="e3nn",
+                folds="none")  # fmt: skip
+
+
+class Tensored(nn.Module):
+    """The tensor product of two features, without weights, and a linear map after it."""
+
+    def __init__(self) -> None:
+        from e3nn import o3
+
+        super().__init__()
+        self.product = o3.FullTensorProduct("2x0e + 1x1o", "1x0e + 1x1o")
+        self.linear = o3.Linear(self.product.irreps_out, "2x0e + 2x1o + 1x1e + 1x2e")
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return self.linear(self.product(x, y))
 
 
 def _o3(inputs: Any, outputs: Any) -> Callable[[], ce.Symmetry]:
@@ -232,22 +283,28 @@ _E3NN = (
          _gaussian((5, 13)), _o3("4x0e + 3x1o", "2x0e + 3x1o"), needs="e3nn", linear=True),
     Case("e3nn linear, external weights",
          _e3nn("Linear", "2x0e + 2x1o", "2x0e + 1x1o", internal_weights=False, shared_weights=True),
-         _gaussian((5, 8), (6,)), _o3(("2x0e + 2x1o", None), "2x0e + 1x1o"), needs="e3nn"),
+         _gaussian((5, 8), (6,)), _o3(("2x0e + 2x1o", None), "2x0e + 1x1o"), needs="e3nn", folds="none"),
+    Case("e3nn linear, feature axes", _e3nn("Linear", "2x0e + 1x1o", "1x0e + 1x1o", f_in=3, f_out=2, biases=True),
+         _gaussian((5, 3, 5)), _o3("2x0e + 1x1o", "1x0e + 1x1o"), needs="e3nn"),
     Case("e3nn fully connected tensor product", _e3nn("FullyConnectedTensorProduct", *_PRODUCT),
-         _gaussian((5, 9), (5, 4)), _o3(_PRODUCT[:2], _PRODUCT[2]), needs="e3nn"),
-    Case("e3nn tensor product, uvw", _e3nn("TensorProduct", *_PRODUCT, instructions=_UVW),
-         _gaussian((5, 9), (5, 4)), _o3(_PRODUCT[:2], _PRODUCT[2]), needs="e3nn"),
-    Case("e3nn tensor product, uvu", _e3nn("TensorProduct", *_PRODUCT[:2], _UVU_OUT, instructions=_UVU),
-         _gaussian((5, 9), (5, 4)), _o3(_PRODUCT[:2], _UVU_OUT), needs="e3nn"),
+         _gaussian((5, 9), (5, 4)), _o3(_PRODUCT[:2], _PRODUCT[2]), needs="e3nn", folds="none"),
+    *map(_mode, _MODES),
     Case("e3nn tensor product, weights per edge",
          _e3nn("TensorProduct", *_PRODUCT[:2], _UVU_OUT, instructions=_UVU, **_PER_EDGE),
-         _gaussian((5, 9), (5, 4), (5, 10)), _o3((*_PRODUCT[:2], None), _UVU_OUT), needs="e3nn"),
+         _gaussian((5, 9), (5, 4), (5, 10)), _o3((*_PRODUCT[:2], None), _UVU_OUT), needs="e3nn", folds="none"),
+    Case("e3nn fully connected tensor product, external weights",
+         _e3nn("FullyConnectedTensorProduct", *_PRODUCT, **_EXTERNAL),
+         _gaussian((5, 9), (5, 4), (25,)), _o3((*_PRODUCT[:2], None), _PRODUCT[2]), needs="e3nn", folds="none"),
+    Case("e3nn tensor square", _e3nn("TensorSquare", "2x0e + 2x1o", "2x0e + 2x1o + 1x1e + 1x2e"), _gaussian((5, 8)),
+         _o3("2x0e + 2x1o", "2x0e + 2x1o + 1x1e + 1x2e"), needs="e3nn", folds="none"),
+    Case("e3nn full tensor product and linear", Tensored, _gaussian((5, 5), (5, 4)),
+         _o3(("2x0e + 1x1o", "1x0e + 1x1o"), "2x0e + 2x1o + 1x1e + 1x2e"), needs="e3nn"),
     Case("e3nn gate network", _gate_network, _gaussian((5, 14)),
          _o3("3x0e + 2x1o + 1x2e", "2x0e + 1x1o + 1x2e"), needs="e3nn"),
     Case("e3nn batch norm network", _norm_network, _gaussian((5, 9)), _o3("3x0e + 2x1o", "1x0e + 2x1o"), needs="e3nn"),
     Case("SEGNN", _segnn, _systems,
          lambda: ce.Symmetry(groups.E3(), (ce.actions.points, ce.actions.vectors, None), ce.actions.points),
-         needs="e3nn"),
+         needs="e3nn", folds="part"),
 )  # fmt: skip
 
 # --- stated representations -------------------------------------------------------------------------------------------
@@ -256,21 +313,30 @@ _STATED = (
     Case("vectors, own layer", lambda: nn.Sequential(VectorMap(4, 4), Shrink(), VectorMap(4, 4)), _gaussian((5, 4, 3)),
          lambda: ce.Symmetry(groups.O3(), ce.actions.along(vectors(1), -1), ce.actions.along(vectors(1), -1)),
          where=lambda name, layer: isinstance(layer, VectorMap),
-         adapter=lambda: ce.adapters.linear(vectors(4), vectors(4), axes=(1, 2))),
+         adapter=lambda: ce.adapters.linear(vectors(4), vectors(4), axes=(1, 2)), folds="none"),
     Case("vectors, component first", lambda: nn.Linear(4, 3, bias=False), _gaussian((5, 3, 4)), linear=True,
          symmetry=lambda: ce.Symmetry(groups.O3(), ce.actions.along(vectors(1), -2), ce.actions.along(vectors(1), -2)),
-         where=lambda name, layer: True,
+         where=lambda name, layer: True, folds="none",
          adapter=lambda: ce.adapters.linear(vectors(4, layout="ir_mul"), vectors(3, layout="ir_mul"), axes=(-2, -1))),
     Case("sets, nn.Linear", lambda: nn.Sequential(nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, 3)), _gaussian((2, 4, 3)),
          lambda: ce.Symmetry(groups.symmetric(4), ce.actions.permute(-2), ce.actions.permute(-2)),
-         where=lambda name, layer: isinstance(layer, nn.Linear),
+         where=lambda name, layer: isinstance(layer, nn.Linear), folds="none",
          adapter=lambda: ce.adapters.linear(*2 * (permutation(4, channels=3),), axes=(-2, -1))),
     Case("sets, own layer", lambda: nn.Sequential(SetMixing(3), nn.Tanh(), SetMixing(3)), _gaussian((2, 4, 3)),
          lambda: ce.Symmetry(groups.symmetric(4), ce.actions.permute(-2), ce.actions.permute(-2)),
-         where=lambda name, layer: isinstance(layer, SetMixing),
+         where=lambda name, layer: isinstance(layer, SetMixing), folds="none",
          adapter=lambda: ce.adapters.linear(*2 * (permutation(4, channels=3),), axes=(-2, -1))),
+    Case("graphs, own layer", lambda: nn.Sequential(GraphMixing(2), nn.Tanh(), GraphMixing(2)),
+         _gaussian((2, 4, 4, 2)),
+         lambda: ce.Symmetry(groups.symmetric(4), ce.actions.permute(-3, -2), ce.actions.permute(-3, -2)),
+         where=lambda name, layer: isinstance(layer, GraphMixing), folds="none",
+         adapter=lambda: ce.adapters.linear(*2 * (permutation(4, channels=2, order=2),), axes=(-3, -2, -1))),
+    Case("group of matrices, own layer", lambda: Averaged(*lattice_features()), _gaussian((5, 7)),
+         lambda: ce.Symmetry(lattice_features()[0].group, *lattice_features()), where=lambda name, layer: True,
+         linear=True, folds="none", adapter=lambda: ce.adapters.linear(*lattice_features())),
     Case("finite group, own layer", lambda: Averaged(*triangle_features()), _gaussian((5, 10)),
          lambda: ce.Symmetry(groups.dihedral(3), *triangle_features()), where=lambda name, layer: True, linear=True,
+         folds="none",
          adapter=lambda: ce.adapters.linear(*triangle_features())),
 )  # fmt: skip
 
@@ -308,31 +374,48 @@ _VECTOR_NEURONS = (
 
 def _fibres(group: ce.groups.Group) -> Case:
     make = partial(steerable.linear, group.name)
-    size = {"C_8": 13, "SO(2)": 5, "O(2)": 5, "SO(3)": 7, "O(3)": 7}[group.name]
+    size = {"C_8": 13, "D_3": 11, "SO(2)": 5, "O(2)": 5, "cube": 7, "SO(3)": 7, "O(3)": 7}[group.name]
     return Case(f"escnn linear, {group}", partial(steerable.sharp, make), _gaussian((4, size)),
                 partial(steerable.on_fibres, make, group), needs="escnn", linear=True)  # fmt: skip
 
 
-def _fields(name: str, make: Callable[[], nn.Module], group: ce.groups.Group, *shape: int) -> Case:
+def _fields(name: str, make: Callable[[], nn.Module], group: ce.groups.Group, *shape: int, folds: str = "all") -> Case:
     return Case(f"escnn {name}", partial(steerable.sharp, make), _gaussian(shape),
-                partial(steerable.on_fields, make, group), needs="escnn")  # fmt: skip
+                partial(steerable.on_fields, make, group), needs="escnn", folds=folds)  # fmt: skip
 
 
 _TURNS = groups.cyclic(4)
+_SQUARE = groups.dihedral(4)
 
 _ESCNN = (
-    *map(_fibres, (groups.cyclic(8), groups.SO2(), groups.O2(), groups.SO3(), groups.O3())),
-    _fields("convolution, C_4, stride", partial(steerable.planar, "C_4", stride=2, padding=1), _TURNS, 2, 6, 5, 5),
+    *map(_fibres, (groups.cyclic(8), groups.dihedral(3), groups.SO2(), groups.O2(), steerable.cube(), groups.SO3(),
+                   groups.O3())),
+    _fields("convolution, flips", partial(steerable.planar, "flips", padding=1), steerable.mirror(), 2, 3, 5, 5,
+            folds="part"),
+    _fields("convolution, C_4, stride", partial(steerable.planar, "C_4", stride=2, padding=1), _TURNS, 2, 6, 5, 5,
+            folds="part"),
     _fields("convolution, D_4, mixed fields, circular",
-            partial(steerable.planar, "D_4", padding=1, padding_mode="circular"), groups.dihedral(4), 2, 12, 5, 5),
+            partial(steerable.planar, "D_4", padding=1, padding_mode="circular"), _SQUARE, 2, 12, 5, 5, folds="part"),
+    _fields("convolution, D_8, mixed fields", partial(steerable.planar, "D_8", padding=1), _SQUARE, 2, 10, 5, 5),
     _fields("convolution, C_8, dilation", partial(steerable.planar, "C_8", dilation=2, padding=2), _TURNS, 2, 10, 5, 5),
     _fields("convolution, SO(2), no bias", partial(steerable.planar, "SO(2)", bias=False), _TURNS, 2, 5, 5, 5),
-    _fields("convolution, C_4, groups", partial(steerable.planar, "C_4", groups=2), _TURNS, 2, 12, 5, 5),
+    _fields("convolution, O(2)", partial(steerable.planar, "O(2)", stride=2, padding=1), _SQUARE, 2, 5, 5, 5),
+    _fields("convolution, C_4, groups", partial(steerable.planar, "C_4", groups=2), _TURNS, 2, 12, 5, 5, folds="part"),
     _fields("convolution, C_4, transposed, stride, groups",
-            partial(steerable.planar, "C_4", transposed=True, stride=2, groups=2), _TURNS, 2, 12, 3, 3),
+            partial(steerable.planar, "C_4", transposed=True, stride=2, groups=2), _TURNS, 2, 12, 3, 3, folds="part"),
     _fields("convolution, C_8, transposed", partial(steerable.planar, "C_8", transposed=True, padding=1),
             _TURNS, 2, 10, 4, 4),
-    _fields("network", steerable.network, _TURNS, 2, 2, 6, 6),
+    _fields("volume, cube", partial(steerable.volume, "cube", padding=1), steerable.cube(), 2, 4, 3, 3, 3,
+            folds="part"),
+    _fields("volume, cube and inversion, stride", partial(steerable.volume, "cube and inversion", stride=2),
+            steerable.cube(inversion=True), 2, 4, 5, 5, 5, folds="part"),
+    _fields("volume, SO(3)", partial(steerable.volume, "SO(3)", dilation=2, padding=2), steerable.cube(),
+            2, 4, 3, 3, 3),
+    _fields("volume, O(3), groups", partial(steerable.volume, "O(3)", groups=2), steerable.cube(inversion=True),
+            2, 8, 3, 3, 3),
+    _fields("volume, SO(3), transposed", partial(steerable.volume, "SO(3)", transposed=True, stride=2),
+            steerable.cube(), 2, 4, 2, 2, 2),
+    _fields("network", steerable.network, _TURNS, 2, 2, 6, 6, folds="part"),
 )  # fmt: skip
 
 # --- networks with forces ---------------------------------------------------------------------------------------------
@@ -359,7 +442,7 @@ def _molecules(generator: torch.Generator) -> tuple[Tensor, ...]:
 
 _FORCES = (
     Case("energies and forces", Molecule, _molecules,
-         lambda: ce.Symmetry(groups.E3(), ce.actions.points, (None, ce.actions.vectors)), needs="e3nn"),
+         lambda: ce.Symmetry(groups.E3(), ce.actions.points, (None, ce.actions.vectors)), needs="e3nn", folds="part"),
 )  # fmt: skip
 
 _TABLE: tuple[Case, ...] = (*_E3NN, *_STATED, *_VECTOR_NEURONS, *_ESCNN, *_FORCES)

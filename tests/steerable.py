@@ -31,6 +31,18 @@ class Steerable(nn.Module):
     def forward(self, features: Tensor) -> Tensor:
         return self.layers(self.layers.in_type(features)).tensor
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Steerable":
+        """Copy the modules, but not the spaces and analytic bases that they share: escnn cannot copy all of them."""
+        for own in map(vars, self.layers.modules()):
+            spaces = (own[name].gspace for name in ("in_type", "out_type") if name in own)
+            shared = (*spaces, *(own[name] for name in ("space", "basis") if name in own))
+            memo |= {id(one): one for one in shared}
+        make, arguments, state = self.__reduce_ex__(4)[:3]
+        replica = make(*arguments)
+        memo[id(self)] = replica
+        replica.__setstate__(copy.deepcopy(state, memo))
+        return replica
+
     def train(self, mode: bool = True) -> "Steerable":
         super().train(mode)
         for layer in self.layers.modules():
@@ -81,19 +93,29 @@ def lattice_elements(space: Any) -> list[tuple[Any, Tensor]]:
         return [] if group.continuous else [(g, torch.eye(1, dtype=torch.float64)) for g in group.elements]
     if group.name == "SO(2)":
         elements = [group.element(k * torch.pi / 2, "radians") for k in range(4)]
+    elif group.name == "O(2)":
+        elements = [group.element((flip, k * torch.pi / 2), "radians") for flip in range(2) for k in range(4)]
     elif group.name == "SO(3)":
         elements = [group.element(g.numpy(), "MAT") for g in cube().elements()]
+    elif group.name == "O(3)":
+        elements = [group.element((flip, g.numpy()), "MAT") for flip in range(2) for g in cube().elements()]
     else:
         elements = group.elements
     pairs = [(g, torch.from_numpy(space.basespace_action(g)).double()) for g in elements]
     return [(g, matrix) for g, matrix in pairs if (matrix - matrix.round()).abs().max() < _CLOSE]
 
 
-def cube() -> ce.groups.Group:
-    """The rotations of the cube."""
+def cube(*, inversion: bool = False) -> ce.groups.Group:
+    """The rotations of the cube, and its reflections if the inversion is one of the generators."""
     about_z = torch.tensor([[0.0, -1, 0], [1, 0, 0], [0, 0, 1]])
     about_x = torch.tensor([[1.0, 0, 0], [0, 0, -1], [0, 1, 0]])
-    return groups.matrix_group("cube", generators=torch.stack([about_z, about_x]))
+    name, more = ("cube and inversion", [-torch.eye(3)]) if inversion else ("cube", [])
+    return groups.matrix_group(name, generators=torch.stack([about_z, about_x, *more]))
+
+
+def mirror() -> ce.groups.Group:
+    """The reflection of the plane from left to right."""
+    return groups.matrix_group("mirror", generators=torch.tensor([[[-1.0, 0.0], [0.0, 1.0]]]))
 
 
 def on_fields(make: Callable[[], Any], group: ce.groups.Group) -> ce.Symmetry:
@@ -129,13 +151,14 @@ def on_fibres(make: Callable[[], Any], group: ce.groups.Group) -> ce.Symmetry:
 
     def find(element: Tensor) -> Any:
         reflects = int(torch.linalg.det(element) < 0)
-        if group.name in ("SO(3)", "O(3)"):
+        if element.shape[-1] == 3:
             rotation = (element * (1 - 2 * reflects)).numpy()
             return acting.element((reflects, rotation) if group.name == "O(3)" else rotation, "MAT")
-        angle = float(torch.atan2(element[1, 0], element[0, 0]))
+        angle, flips = float(torch.atan2(element[1, 0], element[0, 0])), group.name in ("D_3", "O(2)")
         if group.order is not None:
-            return acting.element(round(angle * group.order / (2 * torch.pi)) % group.order)
-        return acting.element((reflects, angle) if group.name == "O(2)" else angle, "radians")
+            turns = acting.rotation_order if flips else group.order
+            angle = round(angle * turns / (2 * torch.pi)) % turns
+        return acting.element((reflects, angle) if flips else angle, "int" if group.order else "radians")
 
     def action(field: Any) -> Callable[[Tensor, Tensor], Tensor]:
         return lambda element, x: x @ torch.as_tensor(field.representation(find(element))).to(x).T
@@ -150,6 +173,8 @@ def linear(name: str) -> nn.Module:
 
     acting, (a, b, c) = {
         "C_8": (group.cyclic_group(8), [(1,), (0,), (3,)]),
+        "D_3": (group.dihedral_group(3), [(1, 1), (0, 0), (1, 0)]),
+        "cube": (group.octa_group(), [(1,), (3,), (2,)]),
         "SO(2)": (group.so2_group(4), [(1,), (0,), (2,)]),
         "O(2)": (group.o2_group(4), [(1, 1), (0, 0), (1, 0)]),
         "SO(3)": (group.so3_group(4), [(1,), (0,), (2,)]),
@@ -157,7 +182,7 @@ def linear(name: str) -> nn.Module:
     }[name]
     space = gspaces.no_base_space(acting)
     a, b, c = (acting.irrep(*irrep) for irrep in (a, b, c))
-    regular = [] if acting.continuous else [acting.regular_representation]
+    regular = [] if acting.continuous or name == "cube" else [acting.regular_representation]
     return enn.Linear(space.type(a, b, a, *regular), space.type(*regular, c, a, b))
 
 
@@ -170,15 +195,42 @@ def planar(name: str, *, transposed: bool = False, **options: Any) -> nn.Module:
         space = gspaces.flipRot2dOnR2(4)
         regular, quotient, vector = space.regular_repr, space.quotient_repr((None, 2)), space.irrep(1, 1)
         inputs, outputs = [vector, regular, vector], [quotient, vector, regular]
+    elif name == "D_8":
+        space = gspaces.flipRot2dOnR2(8)
+        quotient, vector = space.quotient_repr((0, 1)), space.irrep(1, 1)
+        inputs, outputs = [vector, quotient], [quotient, space.irrep(1, 3), space.irrep(1, 0)]
     elif name == "SO(2)":
         space = gspaces.rot2dOnR2(-1, 3)
         inputs = outputs = [space.irrep(1), space.irrep(0), space.irrep(1)]
+    elif name == "O(2)":
+        space = gspaces.flipRot2dOnR2(-1, 3)
+        inputs, outputs = ([space.irrep(1, 1), space.irrep(parity, 0), space.irrep(1, 1)] for parity in range(2))
+    elif name == "flips":
+        space = gspaces.flip2dOnR2()
+        inputs, outputs = [space.regular_repr, space.irrep(1)], [space.irrep(1), space.regular_repr]
     else:
         space = gspaces.rot2dOnR2(int(name.removeprefix("C_")))
         inputs, outputs = [space.irrep(1), space.regular_repr], [space.regular_repr, space.trivial_repr]
     repeat = options.get("groups", 1)
     layer = enn.R2ConvTransposed if transposed else enn.R2Conv
     return layer(space.type(*inputs * repeat), space.type(*outputs * repeat), kernel_size=3, **options)
+
+
+def volume(name: str, *, transposed: bool = False, **options: Any) -> nn.Module:
+    """A convolution of volumes between scalars and vectors; of several like fields where it has groups."""
+    from escnn import gspaces
+    from escnn import nn as enn
+
+    space, scalar, vector = {
+        "cube": lambda: (gspaces.octaOnR3(), (0,), (1,)),
+        "cube and inversion": lambda: (gspaces.fullOctaOnR3(), ((0,), (0,)), ((1,), (1,))),
+        "SO(3)": lambda: (gspaces.rot3dOnR3(maximum_frequency=2), (0,), (1,)),
+        "O(3)": lambda: (gspaces.flipRot3dOnR3(maximum_frequency=2), (0, 0), (1, 1)),
+    }[name]()
+    fields = [space.fibergroup.irrep(*irrep) for irrep in (scalar, vector)]
+    repeat = options.get("groups", 1)
+    layer = enn.R3ConvTransposed if transposed else enn.R3Conv
+    return layer(space.type(*fields * repeat), space.type(*fields[::-1] * repeat), kernel_size=3, **options)
 
 
 def network() -> nn.Module:

@@ -567,13 +567,18 @@ def test_recalibration_leaves_other_layers_in_evaluation():
 # --- folding ----------------------------------------------------------------------------------------------------------
 
 
-@table
-def test_folding_an_equivariant_term_changes_nothing_or_is_reported(case):
-    model, data = case.relaxed(complement=False), case.data()
+def make_equivariant(model):
+    """Leave the equivariant part of every term."""
     with torch.no_grad():
         for relaxation in ce.relaxations(model):
             relaxation.term.projection.complement_(rest := relaxation.term.weight.detach().clone())
             relaxation.term.weight.sub_(rest)
+
+
+@table
+def test_folding_an_equivariant_term_changes_nothing_or_is_reported(case):
+    model, data = case.relaxed(complement=False), case.data()
+    make_equivariant(model)
     norms = {r.name: r.term.weight.norm().item() for r in ce.relaxations(model)}
     model.eval()
     before = outputs(model, data)
@@ -581,13 +586,31 @@ def test_folding_an_equivariant_term_changes_nothing_or_is_reported(case):
     lost = [
         name for name in norms if any(f"layer {name!r}" in note and "does not fit" in note for note in report.notes)
     ]
+    assert lost == [layer.name for layer in report.layers if layer.unfolded > 0]
+    assert bool(lost) == (case.folds != "all")
+    assert any(layer.folded > 0 for layer in report.layers) == (case.folds != "none")
     change = distance(before, outputs(model, data))
     assert (change > 1e-6) if lost else (change < 1e-14)
     for layer in report.layers:
         assert layer.removed < 1e-12
-        if layer.name not in lost:
-            assert layer.folded == pytest.approx(norms[layer.name], rel=1e-12)
+        assert math.hypot(layer.folded, layer.unfolded) == pytest.approx(norms[layer.name], rel=1e-12)
     assert case.error(model, data) < case.tolerance
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case.values[0].folds == "part"])
+def test_what_the_layers_can_hold_folds_to_rounding(case):
+    """The term is what a first fold wrote, a map that the layer's own weights can make."""
+    model, data = case.relaxed(complement=False), case.data()
+    make_equivariant(model)
+    with torch.no_grad():
+        for relaxation in ce.relaxations(copy.deepcopy(model)):
+            written = relaxation.adapter.fold(relaxation.layer, relaxation.term.weight.detach(), None)
+            model.get_submodule(relaxation.name).non_equivariant.weight.copy_(written)
+    model.eval()
+    before = outputs(model, data)
+    report = ce.finalize(model, fold=True)
+    assert all(layer.unfolded == 0 for layer in report.layers) and any(layer.folded > 0.1 for layer in report.layers)
+    assert distance(before, outputs(model, data)) < 1e-14
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,8 @@ What enters: a layer. What leaves: a `Site` (representations, shape of the term)
 Law: an adapter only describes; `relax` alone changes modules.
 """
 
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -61,3 +62,9 @@ class Adapter:
     methods: Callable[[type[nn.Module]], Methods]
     fold: Callable[[Any, Tensor, tuple[Any, ...] | None], Tensor] | None = None
     refresh: Callable[[Any], None] | None = None
+
+
+def first_argument(base: type[nn.Module]) -> Callable[[tuple[Any, ...], Mapping[str, Any]], Any]:
+    """Return how to pick the first argument of a class's forward pass, given by position or by name."""
+    names = list(inspect.signature(base.forward).parameters)[1:]
+    return lambda args, kwargs: args[0] if args else kwargs[names[0]]

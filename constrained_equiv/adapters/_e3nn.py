@@ -4,36 +4,48 @@ What enters: an e3nn layer. What leaves: adapters that read `irreps_in`, `irreps
 e3nn has had since 0.4) and know how the layer's own weights span the equivariant maps.
 Law: a linear layer and its term are one dense product; a tensor product and its term are two, the second on the first
 input only.
+
+A subclass that overrides `forward` keeps it: the term is added to what it returns, and nothing is folded, for nobody
+knows what such a layer makes of its weights. So is `TensorSquare`, whose weights are quadratic in the input.
 """
 
 import math
-from functools import cache
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from constrained_equiv.adapters._base import Adapter, Methods, Site
-from constrained_equiv.errors import RelaxationError
+from constrained_equiv.adapters._base import Adapter, Methods, Site, first_argument
 from constrained_equiv.intertwiners import intertwiners
-
-_UNWEIGHTED = ("FullTensorProduct", "ElementwiseTensorProduct", "TensorSquare")
 
 
 @cache  # the relaxed class of a layer is made once per adapter
 def adapters(e3nn_o3: Any) -> tuple[Adapter, ...]:
     """Return the adapters, given the imported module `e3nn.o3`."""
-    skipped = tuple(getattr(e3nn_o3, name) for name in _UNWEIGHTED if hasattr(e3nn_o3, name))
+    linear, product = e3nn_o3.Linear, e3nn_o3.TensorProduct
 
     def is_linear(layer: nn.Module) -> bool:
-        return isinstance(layer, e3nn_o3.Linear)
+        return isinstance(layer, linear)
 
     def is_product(layer: nn.Module) -> bool:
-        return isinstance(layer, e3nn_o3.TensorProduct) and not isinstance(layer, skipped) and layer.weight_numel > 0
+        return isinstance(layer, product) and layer.weight_numel > 0
 
     return (
-        Adapter("e3nn linear", is_linear, _linear_site, _linear_methods, _fold_linear),
-        Adapter("e3nn tensor product", is_product, _product_site, _product_methods, _fold_product),
+        Adapter(
+            "e3nn linear",
+            is_linear,
+            partial(_linear_site, own=linear.forward),
+            partial(_linear_methods, own=linear.forward),
+            _fold_linear,
+        ),
+        Adapter(
+            "e3nn tensor product",
+            is_product,
+            partial(_product_site, own=product.forward),
+            partial(_product_methods, own=product.forward),
+            _fold_product,
+        ),
     )
 
 
@@ -44,47 +56,69 @@ def _site(inputs: Any, outputs: Any, layer: Any, plan: Any = None) -> Site:
     return Site(space, space.shape, float(max(space.shape[0], 1)), str(inputs), str(outputs), like, plan)
 
 
-def _linear_site(layer: Any) -> Site:
-    if layer.weight.ndim > 1:
-        raise RelaxationError(
-            f"{layer} has weights of shape {tuple(layer.weight.shape)} (f_in, f_out): expected a layer without feature "
-            "axes; leave it out with where=lambda name, layer: ..."
-        )
-    return _site(layer.irreps_in, layer.irreps_out, layer, _plan(layer))
+def _linear_site(layer: Any, *, own: Any) -> Site:
+    plan = _plan(layer, type(layer).forward is own)
+    into, out = (axis or 1 for axis in plan.features)
+    return _site(layer.irreps_in * into, layer.irreps_out * out, layer, plan)
 
 
-def _product_site(layer: Any) -> Site:
-    return _site(layer.irreps_in1, layer.irreps_out, layer)
+def _product_site(layer: Any, *, own: Any) -> Site:
+    return _site(layer.irreps_in1, layer.irreps_out, layer, _Product(type(layer).forward is own))
 
 
-def _linear_methods(base: type[nn.Module]) -> Methods:
+def _linear_methods(base: Any, *, own: Any) -> Methods:
     def forward(self: Any, features: Tensor, weight: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
         term = self.non_equivariant
         if not term.active:
             return base.forward(self, features, weight, bias)  # type: ignore[no-any-return]
-        if weight is None and bias is None and self.internal_weights:
+        if weight is None and bias is None and self.internal_weights and term.plan.features == (None, None):
             result = nn.functional.linear(
                 features, _add_equivariant(self, term.plan, term.matrix()), _dense_bias(self, term.plan)
             )
-        else:
-            result = base.forward(self, features, weight, bias) + nn.functional.linear(features, term.matrix())
-        term.observe(features, result)
-        return result
+            term.observe(features, result)
+            return result
+        return _added(self, features, base.forward(self, features, weight, bias))
 
-    return {"forward": forward}
+    return {"forward": forward if base.forward is own else _adding(base)}
 
 
-def _product_methods(base: type[nn.Module]) -> Methods:
+def _product_methods(base: Any, *, own: Any) -> Methods:
     def forward(self: Any, x: Tensor, y: Tensor, weight: Tensor | None = None) -> Tensor:
         result: Tensor = base.forward(self, x, y, weight)
-        term = self.non_equivariant
-        if not term.active:
-            return result
-        result = result + nn.functional.linear(x, term.matrix())
-        term.observe(x, result)
-        return result
+        return _added(self, x, result) if self.non_equivariant.active else result
 
-    return {"forward": forward}
+    def right(self: Any, y: Tensor, weight: Tensor | None = None) -> Tensor:
+        matrix: Tensor = base.right(self, y, weight)
+        return matrix + self.non_equivariant.matrix().T if self.non_equivariant.active else matrix
+
+    return {"forward": forward if base.forward is own else _adding(base), "right": right}
+
+
+def _adding(base: Any) -> Any:
+    """A forward pass of any signature whose first argument is the features."""
+    first = first_argument(base)
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Tensor:
+        result: Tensor = base.forward(self, *args, **kwargs)
+        return _added(self, first(args, kwargs), result) if self.non_equivariant.active else result
+
+    return forward
+
+
+def _added(layer: Any, features: Tensor, result: Tensor) -> Tensor:
+    """Add the term to a result; a linear layer with feature axes has them before the irreps, (..., f, irreps)."""
+    term = layer.non_equivariant
+    into, out = term.plan.features
+    rows = features if into is None else features.flatten(-2)
+    extra = nn.functional.linear(rows, term.matrix())
+    result = result + (extra if out is None else extra.view(*extra.shape[:-1], out, result.shape[-1]))
+    term.observe(rows, result)
+    return result
+
+
+class _Product(NamedTuple):
+    own: bool  # whether `forward` is e3nn's, so that weights mean what their instructions say
+    features: tuple[None, None] = (None, None)
 
 
 class _Path(NamedTuple):
@@ -102,12 +136,14 @@ class _Path(NamedTuple):
 
 
 class _Plan(NamedTuple):
+    own: bool  # as of `_Product`
+    features: tuple[int | None, int | None]  # f_in, f_out
     outputs: int
     paths: tuple[_Path, ...]
     biases: tuple[tuple[slice, float, slice], ...]  # rows, factor, entries of the flat bias
 
 
-def _plan(layer: Any) -> _Plan:
+def _plan(layer: Any, own: bool) -> _Plan:
     columns, rows = layer.irreps_in.slices(), layer.irreps_out.slices()
     paths, biases = [], []
     at_weight = at_bias = 0
@@ -122,7 +158,8 @@ def _plan(layer: Any) -> _Plan:
             where = rows[path.i_out], columns[path.i_in]
             paths.append(_Path(*where, dim, float(path.path_weight), entries, tuple(path.path_shape)))
             at_weight += size
-    return _Plan(layer.irreps_out.dim, tuple(paths), tuple(biases))
+    features = tuple(layer.weight.shape[:2]) if layer.weight.ndim > 1 else (None, None)
+    return _Plan(own, features, layer.irreps_out.dim, tuple(paths), tuple(biases))
 
 
 def _copies(matrix: Tensor, path: _Path) -> Tensor:
@@ -149,11 +186,21 @@ def _dense_bias(layer: Any, plan: _Plan) -> Tensor | None:
 
 
 def _fold_linear(layer: Any, equivariant: Tensor, inputs: object = None) -> Tensor:
-    """Write the block multiples of the identity into the path weights; repeated paths share them with minimal norm."""
-    written = torch.zeros_like(equivariant)
-    if not layer.internal_weights:
+    """Write the block multiples of the identity into the path weights, for every pair of feature axes if there are."""
+    plan, written = layer.non_equivariant.plan, torch.zeros_like(equivariant)
+    if not plan.own or "weight" not in layer._parameters:
         return written
-    paths = _plan(layer).paths
+    into, out = (axis or 1 for axis in plan.features)
+    shape = out, layer.irreps_out.dim, into, layer.irreps_in.dim
+    for i in range(into):
+        for o in range(out):
+            weight = layer.weight[i, o] if plan.features != (None, None) else layer.weight
+            _fold_paths(plan.paths, weight, equivariant.view(shape)[o, :, i], written.view(shape)[o, :, i])
+    return written
+
+
+def _fold_paths(paths: tuple[_Path, ...], weight: Tensor, equivariant: Tensor, written: Tensor) -> None:
+    """Write one map into weights; paths that are repeated share it with minimal norm."""
     strength: dict[tuple[int, int], float] = {}
     for path in paths:
         block = path.rows.start, path.columns.start
@@ -161,9 +208,8 @@ def _fold_linear(layer: Any, equivariant: Tensor, inputs: object = None) -> Tens
     for path in paths:
         share = path.factor / strength[path.rows.start, path.columns.start]
         change = _copies(equivariant, path).mean(-1)
-        path.view(layer.weight).add_(change.T, alpha=share)
+        path.view(weight).add_(change.T, alpha=share)
         _copies(written, path).add_(change.unsqueeze(-1), alpha=share * path.factor)
-    return written
 
 
 def _fold_product(layer: Any, equivariant: Tensor, inputs: tuple[Any, ...] | None) -> Tensor:
@@ -172,7 +218,8 @@ def _fold_product(layer: Any, equivariant: Tensor, inputs: tuple[Any, ...] | Non
     With such scalars y_v, a path maps copy u to copy w by sum_v path_weight y_v weight[u, v, w] / sqrt(d).
     """
     written = torch.zeros_like(equivariant)
-    if not layer.internal_weights or inputs is None or len(inputs) < 2:
+    own = layer.non_equivariant.plan.own and "weight" in layer._parameters
+    if not own or inputs is None or len(inputs) < 2:
         return written
     constants = _constant_scalars(layer.irreps_in2, inputs[1])
     rows, columns = layer.irreps_out.slices(), layer.irreps_in1.slices()

@@ -54,6 +54,11 @@ def _site(layer: Any) -> Site:
 def _kernels(layer: Any, inputs: tuple[Any, ...], outputs: tuple[Any, ...]) -> Kernels:
     with torch.no_grad():
         own = layer.expand_parameters()[0]
+    if torch.finfo(own.dtype).eps > _FLOOR:
+        raise RelaxationError(
+            f"{type(layer).__name__} is in {own.dtype}, in which its sampled basis is too coarse to project onto: "
+            "expected float32 or float64; call ce.relax(model) first, then cast the result"
+        )
     pairs = [(b, a) for b in dict.fromkeys(outputs) for a in dict.fromkeys(inputs)]
     found = [(_field(b), _field(a), _local(layer, b, a)) for b, a in pairs]
     kernels = Kernels(
@@ -151,6 +156,8 @@ def _methods(base: type[nn.Module]) -> Methods:
 
 def _fold(layer: Any, equivariant: Tensor, inputs: object = None) -> Tensor:
     """Write a kernel into the expansion coefficients by least squares, of minimal norm where the basis is redundant."""
+    if "weights" not in layer._parameters:  # computed from others, as by torch.nn.utils.parametrize
+        return torch.zeros_like(equivariant)
     expansion, kernels = layer.basisexpansion, layer.non_equivariant.projection
     change = torch.zeros_like(layer.weights)
     for pair, (start, stop) in expansion._weights_ranges.items():

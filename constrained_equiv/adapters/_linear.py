@@ -9,9 +9,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 
-from constrained_equiv.adapters._base import Adapter, Methods, Site
+from constrained_equiv.adapters._base import Adapter, Methods, Site, first_argument
 from constrained_equiv.errors import RelaxationError, RepresentationError
 from constrained_equiv.groups import Group
 from constrained_equiv.intertwiners import Intertwiners, intertwiners
@@ -67,7 +66,7 @@ def _site(layer: nn.Module, space: Intertwiners, axes: tuple[int, ...]) -> Site:
         axes == (-1,)
         and type(layer).forward is nn.Linear.forward
         and layer.weight.shape == space.shape
-        and not parametrize.is_parametrized(layer, "weight")
+        and "weight" in layer._parameters  # not computed from others, as by torch.nn.utils.parametrize
     )
     return Site(
         space,
@@ -86,15 +85,18 @@ class _Plan(NamedTuple):
 
 
 def _methods(base: type[nn.Module]) -> Methods:
-    def forward(self: Any, features: Tensor, *args: Any, **kwargs: Any) -> Any:
+    first = first_argument(base)
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         term = self.non_equivariant
         if not term.active:
-            return base.forward(self, features, *args, **kwargs)
+            return base.forward(self, *args, **kwargs)
+        features: Tensor = first(args, kwargs)
         if term.plan.dense:
             result = nn.functional.linear(features, self.weight + term.matrix(), self.bias)
             term.observe(features, result)
             return result
-        result = base.forward(self, features, *args, **kwargs)
+        result = base.forward(self, *args, **kwargs)
         axes = term.plan.axes
         last = tuple(range(-len(axes), 0))
         moved, target = features.movedim(axes, last), result.movedim(axes, last)

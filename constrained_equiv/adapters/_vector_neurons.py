@@ -130,6 +130,8 @@ def _diagonal(layer: Any, matrix: Tensor) -> Tensor:
 
 
 def _fold(layer: Any, equivariant: Tensor, inputs: object = None) -> Tensor:
+    if "weight" not in layer._parameters:  # computed from others, as by torch.nn.utils.parametrize
+        return torch.zeros_like(equivariant)
     layer.weight.add_(_diagonal(layer, equivariant).mean(-1))
     return equivariant
 

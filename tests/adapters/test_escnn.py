@@ -27,6 +27,12 @@ LAYERS = {
     "dilation": lambda: steerable.planar("C_8", dilation=2, bias=False),
     "groups": lambda: steerable.planar("C_4", groups=2),
     "continuous": lambda: steerable.planar("SO(2)"),
+    "continuous, flips": lambda: steerable.planar("O(2)"),
+    "off the grid, flips": lambda: steerable.planar("D_8"),
+    "flips": lambda: steerable.planar("flips"),
+    "volume": lambda: steerable.volume("cube", stride=2, padding=1),
+    "volume, continuous": lambda: steerable.volume("O(3)", dilation=2, bias=False),
+    "volume, transposed": lambda: steerable.volume("SO(3)", transposed=True, stride=2, output_padding=1),
     "transposed": lambda: steerable.planar("C_4", transposed=True, stride=2, output_padding=1),
     "transposed, groups": lambda: steerable.planar("C_8", transposed=True, groups=2),
 }
@@ -53,12 +59,14 @@ def with_kernel(layer, kernel: Tensor, x: Tensor) -> Tensor:
     if isinstance(layer, enn.Linear):
         return nn.functional.linear(x, kernel)
     if hasattr(layer, "output_padding"):
-        return nn.functional.conv_transpose2d(x, kernel, None, layer.stride, layer.padding, layer.output_padding,
-                                              layer.groups, layer.dilation)  # fmt: skip
+        operation = getattr(nn.functional, f"conv_transpose{layer.d}d")
+        return operation(x, kernel, None, layer.stride, layer.padding, layer.output_padding, layer.groups,
+                         layer.dilation)  # fmt: skip
     if layer.padding_mode != "zeros":
         x = nn.functional.pad(x, (layer.padding,) * 4, mode=layer.padding_mode)
     padding = layer.padding if layer.padding_mode == "zeros" else 0
-    return nn.functional.conv2d(x, kernel, None, layer.stride, padding, layer.dilation, layer.groups)
+    operation = getattr(nn.functional, f"conv{layer.d}d")
+    return operation(x, kernel, None, layer.stride, padding, layer.dilation, layer.groups)
 
 
 def assert_near(first: Tensor, second: Tensor) -> None:
@@ -282,7 +290,7 @@ def test_p_leaves_every_kernel_of_the_layer_alone(name):
 @table
 def test_the_rank_is_that_of_the_layers_own_kernels_or_more(name):
     layer, kernels = kernels_of(name)
-    if name in ("stride", "circular", "groups", "transposed"):  # escnn's band limit leaves some of them out
+    if name in ("stride", "circular", "groups", "transposed", "flips", "volume"):  # escnn's band limit leaves some out
         assert kernels.rank > layer.weights.numel()
     else:
         assert kernels.rank == layer.weights.numel()
@@ -328,6 +336,25 @@ def test_shared_bases_are_neither_cast_nor_moved():
     for key, buffer in layer.basisexpansion.named_buffers():
         identity, dtype, value = before[key]
         assert id(buffer) == identity and buffer.dtype == dtype and torch.equal(buffer, value)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_layers_whose_basis_is_rounded_are_refused(dtype):
+    layer = copy.deepcopy(LAYERS["continuous"]()).to(dtype)  # a copy: bases are shared
+    with pytest.raises(ce.errors.RelaxationError, match=r"R2Conv is in torch\..*float16.*then cast the result"):
+        ce.relax(layer)
+    assert type(layer) is enn.R2Conv
+
+
+def test_a_layer_that_is_used_twice_has_one_term():
+    field = steerable.planar("D_4").in_type
+    layer = enn.R2Conv(field, field, 3, padding=1)
+    network = nn.Sequential(layer, layer)
+    x = features(layer)
+    once = relaxed(network)[0](x)
+    assert len(ce.relaxations(network)) == 1 and torch.equal(network(x).tensor, layer(once).tensor)
+    ce.finalize(network, on_violation="drop")
+    assert type(layer) is enn.R2Conv
 
 
 def test_layers_without_freedom_are_skipped():

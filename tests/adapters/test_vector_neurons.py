@@ -99,6 +99,17 @@ def test_folding_takes_the_mean_of_the_diagonal(axis):
     assert report.layers[0].unfolded == 0
 
 
+@over_axes
+def test_parametrized_weights_are_relaxed_and_not_folded(axis):
+    layer = nn.utils.parametrizations.weight_norm(layer_for(axis))
+    x = features(axis, (7,))
+    plain = layer(x)
+    relaxed(layer, axis, complement=False)
+    assert (layer(x) - plain).abs().max() > 0.1
+    report = ce.finalize(layer, fold=True, on_violation="drop")
+    assert torch.equal(layer(x), plain) and report.layers[0].folded == 0 and "does not fit" in str(report)
+
+
 @pytest.mark.parametrize(
     "layer, axis, match",
     [

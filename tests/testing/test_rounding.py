@@ -112,6 +112,13 @@ def test_models_stay_as_they_are_and_copies_are_not_needed():
     found = report(cached, torch.float32, symmetry=VECTORS)
     assert found.method == "last digits" and found.exact is None and found.verdict.startswith("rounding")
 
+    class Uncopyable(Leaky):  # as TorchScript functions of e3nn 0.5 and groups of escnn are, each with its own error
+        def __deepcopy__(self, memo):
+            raise AttributeError
+
+    for dtype in (torch.float32, torch.float64):
+        assert report(Uncopyable(0.0), dtype, symmetry=VECTORS).exact is None
+
 
 def test_constants_of_another_dtype_fall_back_to_last_digits():
     matrix = 2 * torch.eye(3)
