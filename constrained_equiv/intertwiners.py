@@ -150,7 +150,7 @@ class Intertwiners:
             if place.dim == 1:
                 diagonals.zero_()
             else:
-                diagonals.sub_(diagonals.mean(-1, keepdim=True))
+                diagonals.sub_(diagonals.sum(-1, keepdim=True), alpha=1.0 / place.dim)
         for (rows, columns), b, a in others:
             block = _copies(maps[..., rows, columns], b, a)
             local = _local_basis(self.inputs.group, b.atom, a.atom, maps.dtype, maps.device)

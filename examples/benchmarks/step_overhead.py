@@ -129,15 +129,17 @@ def loss(outputs: Tensor | tuple[Tensor, ...]) -> Tensor:
     return torch.stack([part.square().mean() for part in parts]).sum()
 
 
-def interleaved(runs: dict[str, Step], steps: int, device: torch.device) -> dict[str, float]:
+def interleaved(
+    runs: dict[str, Step], steps: int, device: torch.device, clock: Callable[[], float] = time.perf_counter
+) -> dict[str, float]:
     """Time the variants in turn; return the median seconds of each."""
 
     def timed(run: Step) -> float:
-        start = time.perf_counter()
+        start = clock()
         run()
         if device.type == "cuda":
             torch.cuda.synchronize()
-        return time.perf_counter() - start
+        return clock() - start
 
     for run in runs.values():
         for _ in range(3):
