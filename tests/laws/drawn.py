@@ -94,7 +94,7 @@ def data_of(draw: st.DrawFn, case: Case, dtype: torch.dtype | None = None) -> tu
 
 @contextmanager
 def spare(case: Case) -> Iterator[nn.Module]:
-    """Lend a plain model in training mode, to be given back as plain and of the same class; where a law fails it is not kept."""
+    """Lend a plain model in training mode, to be given back plain; where a law fails it is not kept."""
     model = _spares.pop(case.name, None) or case.model()
     put_back(case, model.train())
     yield model

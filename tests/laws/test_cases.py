@@ -2,13 +2,13 @@
 
 import math
 
-import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 import constrained_equiv as ce
 from constrained_equiv._certificate import certify
+from constrained_equiv._verify import allowed_error
 from tests.laws.drawn import (
     Relaxed,
     cases,
@@ -140,8 +140,8 @@ def test_law_the_checker_sees_terms(case, seed, data_seed, size):
         batch = case.data(data_seed)
         inputs, symmetry = batch if len(batch) > 1 else batch[0], case.symmetry()
         generator = torch.Generator().manual_seed(data_seed)
-        with pytest.raises(ce.errors.EquivarianceError):
-            ce.assert_equivariant(model.eval(), inputs, symmetry=symmetry, samples=1, generator=generator)
+        error = ce.equivariance_error(model.eval(), inputs, symmetry=symmetry, samples=1, generator=generator)
+        assert error > 10 * allowed_error(case.dtype)
         ce.finalize(model.train(), on_violation="drop")
 
 
