@@ -104,10 +104,12 @@ class Certificate:
         lines += dict.fromkeys(f"{b.name or '(model)'}: {b.reason}" for b in self.bounds if b.reason)
         lines += [f"L of {c.name!r} ({c.kind}) is {c.value:.3g}, {c.meaning}" for c in self.constants]
         if self.measured is not None:
-            lines.append(f"equivariance error at most {_number(self.equivariance)}, measured {self.measured:.3g}")
+            most = "no bound" if self.equivariance is None else f"at most {self.equivariance:.3g}"
+            lines.append(f"equivariance error {most}, measured {self.measured:.3g}, output {self.size:.3g} (norms)")
         lines.append(
-            f"norms over one batch, whose output has norm {self.size:.3g}; upper bounds, not estimates: usually far "
-            "above what is measured"
+            "B bounds what the term adds to an input of norm 1, |h| is the norm of the layer's input over the batch,\n"
+            "L bounds how the equivariant rest of the network stretches differences; upper bounds, usually far above\n"
+            "what is measured"
         )
         return "\n".join(lines)
 
@@ -264,7 +266,14 @@ def _hands_over(before: Call, after: Call) -> bool:
 
 
 def _constant(module: nn.Module) -> tuple[float, str] | None:
-    """A Lipschitz constant of a module without its term, and what it is; None where none holds everywhere."""
+    """A Lipschitz constant of a module without its term, and what it is; None where none holds everywhere.
+
+    Subclasses outside the frameworks have none: they may compute something else.
+    """
+    if _plain_class(module).__module__ == "e3nn.o3._linear":
+        return _dense_norm(module)
+    if not _plain_class(module).__module__.startswith("torch.nn."):
+        return None
     if isinstance(module, nn.Linear):
         return _operator_norm(module.weight.detach()), "the largest singular value"
     if isinstance(module, nn.modules.conv._ConvNd):
@@ -279,19 +288,18 @@ def _constant(module: nn.Module) -> tuple[float, str] | None:
         return max(1.0, abs(module.negative_slope)), "the largest slope"
     if isinstance(module, nn.ELU):
         return max(1.0, abs(module.alpha)), "the largest slope"
-    if type(module) in _CURVED:
-        return _CURVED[type(module)], "the largest slope"
+    if _plain_class(module) in _CURVED:
+        return _CURVED[_plain_class(module)], "the largest slope"
     if isinstance(module, nn.modules.batchnorm._BatchNorm) and not module.training and module.running_var is not None:
         scale = torch.ones_like(module.running_var) if module.weight is None else module.weight.detach()
         slopes = scale.abs() / (module.running_var + module.eps).sqrt()
         return float(slopes.max()), "the largest scale over running deviation"
-    if _is_e3nn_linear(module):
-        return _dense_norm(module)
     return None
 
 
-def _is_e3nn_linear(module: nn.Module) -> bool:
-    return any(base.__module__ == "e3nn.o3._linear" for base in type(module).__mro__)
+def _plain_class(module: nn.Module) -> type:
+    """The class of a module, without the subclass that holds a term."""
+    return next(base for base in type(module).__mro__ if "_relaxed_from" not in vars(base))
 
 
 @torch.no_grad()
@@ -321,7 +329,7 @@ def _missing(constant: float | str | None) -> str:
 
 def _kind(module: nn.Module) -> str:
     trained = module.training and isinstance(module, nn.modules.batchnorm._BatchNorm)
-    return type(module).__name__ + (", statistics of the batch" if trained else "")
+    return _plain_class(module).__name__ + (", statistics of the batch" if trained else "")
 
 
 def _norm(tensors: Iterable[Tensor]) -> float:

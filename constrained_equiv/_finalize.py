@@ -406,11 +406,11 @@ def _words(certificate: Certificate | None) -> list[str]:
         return []
     if certificate.equivariance is None:
         missing = next(b for b in certificate.bounds if b.equivariance is None)
-        return [f"no bound of the error before: layer {missing.name!r}: {missing.reason}"]
+        return [f"no bound of the error before, for layer {missing.name!r}: {missing.reason}"]
     size = certificate.size or 1.0
     return [
-        f"bound of the error before, loose: {certificate.equivariance / size:.3g}, measured "
-        f"{certificate.measured / size:.3g} (relative; print(report.certificate) says how)"
+        f"error before at most {certificate.equivariance / size:.3g}, an upper bound that is loose; measured "
+        f"{certificate.measured / size:.3g} (relative; print(report.certificate) shows why)"
     ]
 
 
