@@ -100,7 +100,7 @@ def test_law_only_the_product_of_scale_gate_and_weight_counts(drawn, scale, gate
         for term in terms(drawn.model):
             with torch.no_grad():
                 if product:
-                    term.weight.copy_(term.matrix())
+                    term.weight.mul_(scale * gate)
                 term.scale.fill_(1.0 if product else scale)
                 term.gate.fill_(1.0 if product else gate)
         found.append(outputs(drawn.model.eval(), drawn.data))
