@@ -273,6 +273,22 @@ def test_the_worst_element_stands_in_the_message():
     assert "expected at most 1e-10 for torch.float64" in str(caught.value)
 
 
+def test_the_worst_input_stands_in_the_message():
+    """Of five vectors, the fourth alone leaves the symmetry; a second input of another length is shown as a whole."""
+    x = inputs_of([(5, 3)], torch.float64)
+
+    def model(x, scale):
+        return torch.where(torch.arange(5)[:, None] == 3, x.abs(), x) * scale.sum()
+
+    scale = torch.tensor([0.5, 0.25], dtype=torch.float64)
+    with pytest.raises(EquivarianceError) as caught:
+        assert_equivariant(model, (x, scale), symmetry=Symmetry(O3, ("1x1o", None), "1x1o"))
+    message = str(caught.value)
+    assert f"worst input, entry 3:\n[0] = {x[3]}\n[1] = {scale}" in message
+    with pytest.raises(EquivarianceError, match=r"worst input, entry all:\ntensor = "):
+        assert_equivariant(lambda x: x.sum(), x, symmetry=Symmetry(O3, "1x1o", None))
+
+
 def test_the_broken_output_is_named():
     function, shapes, symmetry = BROKEN["one key of two"]
     with pytest.raises(EquivarianceError, match=r"output .*x"):
