@@ -65,6 +65,7 @@ def relaxed(
     complement: bool | None = None,
     gate: bool | None = None,
     modes: tuple[bool, ...] = (True, False),
+    sizes: st.SearchStrategy[float] = sizes,
 ) -> Relaxed:
     """Draw a case, the form of its terms, their weights, the mode (training or not) and the data."""
     case = draw(cases)

@@ -22,6 +22,7 @@ BASES = {
 bases = st.sampled_from(sorted(BASES))
 rates = st.sampled_from([1e-3, 1e-2])
 falls = st.integers(0, 4)
+small = st.sampled_from([0.1, 1e-3])  # deep networks with terms of size 30 diverge within two steps of SGD
 OPTIONS = (
     {},
     {"penalty": 0.1, "penalty_growth": 1.1},
@@ -48,7 +49,14 @@ def train(case, model, optimizer, steps, seed=0):
 
 
 @law
-@given(relaxed(complement=True, modes=(True,)), bases, rates, st.sampled_from(OPTIONS), st.integers(1, 3), seeds)
+@given(
+    relaxed(complement=True, modes=(True,), sizes=small),
+    bases,
+    rates,
+    st.sampled_from(OPTIONS),
+    st.integers(1, 3),
+    seeds,
+)
 def test_law_terms_stay_in_the_complement(drawn, base, rate, options, steps, seed):
     optimizer = constrained(drawn.model, base, rate, 100, **options)
     train(drawn.case, drawn.model, optimizer, range(steps), seed % 1000)
@@ -60,7 +68,7 @@ def test_law_terms_stay_in_the_complement(drawn, base, rate, options, steps, see
 
 
 @law
-@given(relaxed(complement=True, modes=(True,)), bases, rates, st.integers(1, 2), st.floats(0.01, 1.0))
+@given(relaxed(complement=True, modes=(True,), sizes=small), bases, rates, st.integers(1, 2), st.floats(0.01, 1.0))
 def test_law_projection_holds_the_level_at_every_step(drawn, base, rate, steps, level):
     optimizer = constrained(drawn.model, base, rate, 5, level=level, enforce="projection")
     (record,) = optimizer.constraints
