@@ -27,11 +27,12 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from constrained_equiv._symmetry import Symmetry
 from constrained_equiv._table import table
 from constrained_equiv._trace import Call, Trace, trace, unchanged
-from constrained_equiv._verify import call, leaves
+from constrained_equiv._verify import call, larger, leaves
 
 _ONE_LIPSCHITZ = (nn.Identity, nn.ReLU, nn.Tanh, nn.Softplus, nn.Flatten, nn.Unflatten, nn.Hardtanh, nn.Softsign)
 _CURVED = {nn.SiLU: 1.0999, nn.GELU: 1.1290, nn.Sigmoid: 0.25, nn.Mish: 1.0885}  # suprema of |slope|, rounded up
@@ -143,45 +144,46 @@ def certify(
 
     with unchanged(model):
         plain = run(inputs)
-        size = _norm(leaves(plain.output).values())
+        output = tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, plain.output)
+        size = _norm(leaves(output).values())
         moved: list[list[float | None]] = []
         measured, isometric = None, True
         for g in [] if symmetry is None else _elements(symmetry, samples, generator):
             assert symmetry is not None
             other = run(symmetry.move_inputs(g, inputs))
-            found, expected = leaves(other.output), leaves(symmetry.move_outputs(g, plain.output))
+            found, expected = leaves(other.output), leaves(symmetry.move_outputs(g, output))
             gap = _norm(found[place] - expected[place] for place in expected)
-            measured = gap if measured is None else max(gap, measured)
+            measured = gap if measured is None or larger(gap, measured) else measured
             isometric &= abs(_norm(expected.values()) - size) <= 1e-5 * size
             moved.append([_entering(one) for one in _relaxed_calls(other, maps)])
     calls = _relaxed_calls(plain, maps)
     rest, constants, broken = _remainders(plain, maps, stated)
     if not broken and len(rest) != len(calls):
         broken = "a relaxed layer is inside another one, or inside a module whose constant was stated"
+    if not broken and not isometric:
+        broken = "the group does not keep the length of the outputs"
+    if not broken and any(len(norms) != len(calls) for norms in moved):
+        broken = "the model runs other layers for g x than for x"
     bounds = []
     for i, one in enumerate(calls):
+        constant = broken or rest[i]
         strength, reason = _strength(one.module, maps[id(one.module)])
-        entering = _entering(one)
-        reasons = [reason, "its input is passed by keyword" if entering is None else ""]
-        constant, share = None if broken else rest[i], None
-        entered = [entering, *(norms[i] if i < len(norms) else None for norms in moved)]
+        entering, share = _entering(one), None
+        if not reason and entering is None:
+            reason = "its input is passed by keyword"
         if symmetry is not None and strength == 0:
             share = 0.0
-        elif symmetry is not None:
-            reasons += [
-                broken or _missing(constant),
-                "" if isometric else "the group does not keep the length of the outputs",
-            ]
-            if isometric and strength is not None and isinstance(constant, float) and None not in entered:
-                norms = [norm for norm in entered if norm is not None]
-                share = strength * constant * (norms[0] + max(norms))
+        elif symmetry is not None and not reason and isinstance(constant, str):
+            reason = (
+                broken or f"no Lipschitz constant of {constant} holds everywhere; state one by lipschitz={{name: L}}"
+            )
+        elif symmetry is not None and strength is not None and entering is not None and isinstance(constant, float):
+            share = strength * constant * (entering + max(norms[i] or 0.0 for norms in moved))
         truncation = None if strength is None or entering is None else strength * entering
         known = constant if isinstance(constant, float) else None
-        words = "; ".join(filter(None, reasons))
-        bounds.append(Bound(one.name, strength, entering, truncation, known, share, words))
-    shares = [b.equivariance for b in bounds]
-    complete = symmetry is not None and None not in shares
-    total = math.fsum(share for share in shares if share is not None) if complete else None
+        bounds.append(Bound(one.name, strength, entering, truncation, known, share, reason))
+    shares = [bound.equivariance for bound in bounds if bound.equivariance is not None]
+    total = math.fsum(shares) if symmetry is not None and len(shares) == len(bounds) else None
     return Certificate(tuple(bounds), tuple(constants), total, measured, size)
 
 
@@ -319,12 +321,6 @@ def _dense_norm(module: Any) -> tuple[float, str] | None:
         if term is not None:
             term.enabled = enabled
     return _operator_norm((rows[:-1] - rows[-1:]).mT), "the largest singular value"
-
-
-def _missing(constant: float | str | None) -> str:
-    if not isinstance(constant, str):
-        return ""
-    return f"no Lipschitz constant of {constant} holds everywhere; state one by lipschitz={{name: L}} if you know it"
 
 
 def _kind(module: nn.Module) -> str:
