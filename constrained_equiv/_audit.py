@@ -17,6 +17,7 @@ from constrained_equiv import _inner
 from constrained_equiv._findings import SOME_LINEAR, Finding, Inspection
 from constrained_equiv._lie import LieDerivative, lie_derivative
 from constrained_equiv._symmetry import Symmetry
+from constrained_equiv._table import table
 from constrained_equiv._trace import trace, unchanged
 from constrained_equiv._verify import call, larger
 from constrained_equiv.errors import RepresentationError
@@ -60,8 +61,7 @@ class Audit:
             )
             for finding in self.findings
         ]
-        widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
-        lines = ["  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in (header, *rows)]
+        lines = table(header, rows)
         if self.passed:
             lines.append(f"equivariant: error {self.error:.3g}, allowed {self.tolerance:.3g} (relative)")
         elif self.culprit is not None:

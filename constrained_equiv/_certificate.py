@@ -1,8 +1,9 @@
-"""Certificate: how much a term can do at most, beside what it is measured to do.
+"""Certificate: how much the terms can do at most, beside what they are measured to do.
 
 What enters: a relaxed network, the map that each term adds, and one batch. What leaves: a `Certificate`, upper bounds
 per layer, or the reason why there is none. Called by `finalize` before the terms go.
-Law: a bound is never below what is measured; it is loose, for it assumes that every layer is hit where it reacts most.
+Law: up to rounding a bound is never below what is measured; it is loose, for it assumes that every layer is hit where
+it reacts most.
 
 Mathematics. With T_i = scale * gate * W_i the map added, B_i its largest singular value (an upper bound of it for
 convolutions), and h the input of layer i in the *relaxed* network on the batch (Euclidean norm over all entries),
@@ -10,28 +11,47 @@ convolutions), and h the input of layer i in the *relaxed* network on the batch 
     || (E_i + T_i) h - E_i h ||  <=  B_i || h ||                                               truncation of one layer
     || f(g x) - g f(x) ||        <=  sum_i B_i (|| h_i(x) || + || h_i(g x) ||) L_i             equivariance error
 
-where L_i is a Lipschitz constant of what comes after layer i in the *equivariant* network. The second line replaces one
-layer at a time, and needs that the group keeps lengths. L_i is a product over the modules that follow: known constants
-of linear maps and activations, or those that the user states. Gates, tensor products and norms with statistics of the
-batch have no constant that holds everywhere, nor has code between modules: there is no bound then.
+where L_i is a Lipschitz constant of what comes after layer i in the *equivariant* network. The second line replaces
+one layer at a time, and needs that the group keeps lengths; a term that is zero has no share in it, whatever follows.
+L_i is a product over the modules that follow: known constants of linear maps and activations, or those that the user
+states. Gates, tensor products and norms with statistics of the batch have no constant that holds everywhere, nor has
+code between modules: there is no bound then.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from constrained_equiv._symmetry import Symmetry
+from constrained_equiv._table import table
 from constrained_equiv._trace import Call, Trace, trace, unchanged
-from constrained_equiv._verify import call, leaves
+from constrained_equiv._verify import call, larger, leaves
 
 _ONE_LIPSCHITZ = (nn.Identity, nn.ReLU, nn.Tanh, nn.Softplus, nn.Flatten, nn.Unflatten, nn.Hardtanh, nn.Softsign)
 _CURVED = {nn.SiLU: 1.0999, nn.GELU: 1.1290, nn.Sigmoid: 0.25, nn.Mish: 1.0885}  # suprema of |slope|, rounded up
+
+
+class Lipschitz(NamedTuple):
+    """A number L with || m(x) - m(y) || <= L || x - y || for all x and y.
+
+    Attributes:
+        name: of the module m, without its term.
+        kind: its class.
+        value: L.
+        meaning: what L is, in words.
+    """
+
+    name: str
+    kind: str
+    value: float
+    meaning: str
 
 
 @dataclass(frozen=True)
@@ -41,7 +61,7 @@ class Bound:
     Attributes:
         name: of the layer.
         strength: B, the largest singular value of the map added, or an upper bound of it; None where none is known.
-        entering: || h ||, the norm of the layer's input over the batch.
+        entering: || h ||, the norm of the layer's input over the batch; None where it was passed by keyword.
         truncation: B || h ||, bounds the change of the layer's output when the term goes.
         lipschitz: L, a Lipschitz constant of the rest of the equivariant network; None where there is none.
         equivariance: this layer's share in the bound of the equivariance error; None where there is none.
@@ -50,7 +70,7 @@ class Bound:
 
     name: str
     strength: float | None
-    entering: float
+    entering: float | None
     truncation: float | None
     lipschitz: float | None
     equivariance: float | None
@@ -63,12 +83,14 @@ class Certificate:
 
     Attributes:
         bounds: one per call of a relaxed layer, in order of execution.
+        constants: of the modules behind the first relaxed layer, of which the bounds are made.
         equivariance: bound of || f(g x) - g f(x) || over the elements tried; None where one layer has none.
         measured: the same, measured on the relaxed network; None without a symmetry.
         size: || f(x) ||, to compare with.
     """
 
     bounds: tuple[Bound, ...]
+    constants: tuple[Lipschitz, ...]
     equivariance: float | None
     measured: float | None
     size: float
@@ -79,12 +101,16 @@ class Certificate:
             (b.name or "(model)", *map(_number, (b.strength, b.entering, b.truncation, b.lipschitz, b.equivariance)))
             for b in self.bounds
         ]
-        widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
-        lines = ["  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in (header, *rows)]
+        lines = table(header, rows)
         lines += dict.fromkeys(f"{b.name or '(model)'}: {b.reason}" for b in self.bounds if b.reason)
+        lines += [f"L of {c.name!r} ({c.kind}) is {c.value:.3g}, {c.meaning}" for c in self.constants]
+        if self.measured is not None:
+            most = "no bound" if self.equivariance is None else f"at most {self.equivariance:.3g}"
+            lines.append(f"equivariance error {most}, measured {self.measured:.3g}, output {self.size:.3g} (norms)")
         lines.append(
-            f"equivariance error at most {_number(self.equivariance)}, measured {_number(self.measured)}, output "
-            f"{self.size:.3g} (absolute norms over the batch; upper bounds, not estimates)"
+            "B bounds what the term adds to an input of norm 1, |h| is the norm of the layer's input over the batch,\n"
+            "L bounds how the equivariant rest of the network stretches differences; upper bounds, usually far above\n"
+            "what is measured"
         )
         return "\n".join(lines)
 
@@ -96,7 +122,7 @@ def certify(
     *,
     symmetry: Symmetry | None = None,
     lipschitz: Mapping[str, float] | None = None,
-    samples: int = 4,
+    samples: int = 8,
     generator: torch.Generator | None = None,
 ) -> Certificate:
     """Bound what the terms of a network can do, on one batch.
@@ -107,54 +133,58 @@ def certify(
         inputs: one batch, as for `equivariance_error`.
         symmetry: for the bound of the equivariance error; None gives the truncations alone.
         lipschitz: constants of modules by name, for those that have no known one.
-        samples: random elements beside the discrete generators.
+        samples: random elements beside the discrete generators; those of `equivariance_error` by default.
         generator: source of randomness; a fixed seed by default.
     """
     stated = dict(lipschitz or {})
     maps = {id(layer): matrix.detach() for _, layer, matrix in terms}
+
+    def run(value: Any) -> Trace:
+        return trace(model, partial(call, model, value), copied=lambda module: id(module) in maps)
+
     with unchanged(model):
-        plain = trace(model, lambda: call(model, inputs))
-        size = _norm(leaves(plain.output).values())
-        moved, measured, isometric = [], None, True
+        plain = run(inputs)
+        output = tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, plain.output)
+        size = _norm(leaves(output).values())
+        moved: list[list[float | None]] = []
+        measured, isometric = None, True
         for g in [] if symmetry is None else _elements(symmetry, samples, generator):
             assert symmetry is not None
-            run = trace(model, partial(call, model, symmetry.move_inputs(g, inputs)))
-            found, expected = leaves(run.output), leaves(symmetry.move_outputs(g, plain.output))
+            other = run(symmetry.move_inputs(g, inputs))
+            found, expected = leaves(other.output), leaves(symmetry.move_outputs(g, output))
             gap = _norm(found[place] - expected[place] for place in expected)
-            measured = gap if measured is None else max(gap, measured)
+            measured = gap if measured is None or larger(gap, measured) else measured
             isometric &= abs(_norm(expected.values()) - size) <= 1e-5 * size
-            moved.append(_relaxed_calls(run, maps))
-    rest, broken = _remainders(plain, maps, stated)
+            moved.append([_entering(one) for one in _relaxed_calls(other, maps)])
     calls = _relaxed_calls(plain, maps)
+    rest, constants, broken = _remainders(plain, maps, stated)
     if not broken and len(rest) != len(calls):
         broken = "a relaxed layer is inside another one, or inside a module whose constant was stated"
+    if not broken and not isometric:
+        broken = "the group does not keep the length of the outputs"
+    if not broken and any(len(norms) != len(calls) for norms in moved):
+        broken = "the model runs other layers for g x than for x"
     bounds = []
     for i, one in enumerate(calls):
+        constant = broken or rest[i]
         strength, reason = _strength(one.module, maps[id(one.module)])
-        entering = _entering(one)
-        constant = None if broken else rest[i]
-        reasons = [reason, broken or _missing(rest[i])] if symmetry is not None else [reason]
-        if not isometric:
-            reasons.append("the group does not keep the length of the outputs")
-        share = None
-        if moved and strength is not None and isinstance(constant, float) and isometric:
-            share = strength * constant * (entering + max(_entering(run[i]) for run in moved))
-        bounds.append(
-            Bound(
-                one.name,
-                strength,
-                entering,
-                None if strength is None else strength * entering,
-                constant if isinstance(constant, float) else None,
-                share,
-                "; ".join(filter(None, reasons)),
+        entering, share = _entering(one), None
+        if not reason and entering is None:
+            reason = "its input is passed by keyword"
+        if symmetry is not None and strength == 0:
+            share = 0.0
+        elif symmetry is not None and not reason and isinstance(constant, str):
+            reason = (
+                broken or f"no Lipschitz constant of {constant} holds everywhere; state one by lipschitz={{name: L}}"
             )
-        )
-    shares = [b.equivariance for b in bounds]
-    total = (
-        None if symmetry is None or any(s is None for s in shares) else math.fsum(s for s in shares if s is not None)
-    )
-    return Certificate(tuple(bounds), total, measured, size)
+        elif symmetry is not None and strength is not None and entering is not None and isinstance(constant, float):
+            share = strength * constant * (entering + max(norms[i] or 0.0 for norms in moved))
+        truncation = None if strength is None or entering is None else strength * entering
+        known = constant if isinstance(constant, float) else None
+        bounds.append(Bound(one.name, strength, entering, truncation, known, share, reason))
+    shares = [bound.equivariance for bound in bounds if bound.equivariance is not None]
+    total = math.fsum(shares) if symmetry is not None and len(shares) == len(bounds) else None
+    return Certificate(tuple(bounds), tuple(constants), total, measured, size)
 
 
 def _elements(symmetry: Symmetry, samples: int, generator: torch.Generator | None) -> Tensor:
@@ -166,9 +196,9 @@ def _relaxed_calls(run: Trace, maps: Mapping[int, Tensor]) -> list[Call]:
     return [event.call for event in run.events if event.stage == "leave" and id(event.call.module) in maps]
 
 
-def _entering(one: Call) -> float:
+def _entering(one: Call) -> float | None:
     """Norm of what the term acts on, the first argument."""
-    return _norm(atom.tensor for atom in one.taken[0][:1])
+    return _norm(atom.tensor for atom in one.taken[0][:1]) if one.taken else None
 
 
 def _strength(layer: nn.Module, matrix: Tensor) -> tuple[float | None, str]:
@@ -179,43 +209,55 @@ def _strength(layer: nn.Module, matrix: Tensor) -> tuple[float | None, str]:
 
 
 def _operator_norm(matrix: Tensor) -> float:
+    if not matrix.any():
+        return 0.0
     points = matrix.double().flatten(2).movedim(-1, 0) if matrix.ndim > 2 else matrix.double()[None]
-    return float(torch.linalg.matrix_norm(points, 2).sum()) if matrix.numel() else 0.0
+    return float(torch.linalg.matrix_norm(points, 2).sum())
 
 
-def _remainders(run: Trace, maps: Mapping[int, Tensor], stated: Mapping[str, float]) -> tuple[list[float | str], str]:
+def _remainders(
+    run: Trace, maps: Mapping[int, Tensor], stated: Mapping[str, float]
+) -> tuple[list[float | str], list[Lipschitz], str]:
     """For each relaxed call the constant of the modules after it, or the name of one without; or why it is no chain."""
-    chain = _units(run, maps, stated)
+    known = cache(_constant)  # of each module once
+    chain = _units(run, lambda module, name: id(module) in maps or name in stated or known(module) is not None)
     for before, after in pairwise(chain):
         if not _hands_over(before, after):
-            return [], f"there is code between {before.name!r} and {after.name!r}, whose Lipschitz constant is unknown"
+            words = f"there is code between {before.name!r} and {after.name!r}, whose Lipschitz constant is unknown"
+            return [], [], words
     ends = [event.call for event in run.events if event.stage == "leave" and not event.call.name]
     if not chain or [a.key for a in chain[-1].given] != [a.key for a in ends[-1].given]:
-        return [], f"there is code after {chain[-1].name!r}" if chain else "no module was called"
-    result: list[float | str] = []
+        return [], [], f"there is code after {chain[-1].name!r}" if chain else "no module was called"
+    first = next((i for i, unit in enumerate(chain) if id(unit.module) in maps), len(chain))
+    rest: list[float | str] = []
+    constants: list[Lipschitz] = []
     constant: float | str = 1.0
-    for unit in reversed(chain):
+    for unit in reversed(chain[first:]):
         if id(unit.module) in maps:
-            result.append(constant)
-        own = stated.get(unit.name, _constant(unit.module))
-        if isinstance(constant, float):
-            constant = constant * own if own is not None else f"{unit.name!r} ({_kind(unit.module)})"
-    return result[::-1], ""
+            rest.append(constant)
+        if unit is chain[first] or not isinstance(constant, float):
+            continue
+        own = (stated[unit.name], "as stated") if unit.name in stated else known(unit.module)
+        if own is None:
+            constant = f"{unit.name!r} ({_kind(unit.module)})"
+        else:
+            constants.append(Lipschitz(unit.name, _kind(unit.module), *own))
+            constant *= own[0]
+    return rest[::-1], constants[::-1], ""
 
 
-def _units(run: Trace, maps: Mapping[int, Tensor], stated: Mapping[str, float]) -> list[Call]:
-    """The outermost calls of modules with a constant, of relaxed layers and of leaves, in order."""
+def _units(run: Trace, whole: Callable[[nn.Module, str], bool]) -> list[Call]:
+    """The outermost calls of whole modules and of leaves, in order."""
     units, inside = [], None
     for stage, one in run.events:
         if stage == "enter":
-            whole = id(one.module) in maps or one.name in stated or _constant(one.module) is not None
-            whole |= hasattr(one.module, "irreps_out")  # e3nn's, whose parts are wired up in code
-            if inside is None and one.name and (whole or not any(one.module.children())):
+            leaf = not any(one.module.children()) or hasattr(one.module, "irreps_out")  # e3nn wires parts up in code
+            if inside is None and one.name and (leaf or whole(one.module, one.name)):
                 inside = one
         elif one is inside:
             units.append(one)
             inside = None
-    if not units and run.events and id(run.events[0].call.module) in maps:
+    if not units and run.events and whole(run.events[0].call.module, ""):
         return [run.events[0].call]  # the model is itself the relaxed layer
     return units
 
@@ -225,36 +267,45 @@ def _hands_over(before: Call, after: Call) -> bool:
     return len(taken) == len(before.given) == 1 and taken[0].key == before.given[0].key
 
 
-def _constant(module: nn.Module) -> float | None:
-    """A Lipschitz constant of a module without its term, where one is known that holds everywhere."""
+def _constant(module: nn.Module) -> tuple[float, str] | None:
+    """A Lipschitz constant of a module without its term, and what it is; None where none holds everywhere.
+
+    Subclasses outside the frameworks have none: they may compute something else.
+    """
+    if _plain_class(module).__module__ == "e3nn.o3._linear":
+        return _dense_norm(module)
+    if not _plain_class(module).__module__.startswith("torch.nn."):
+        return None
     if isinstance(module, nn.Linear):
-        return _operator_norm(module.weight.detach())
+        return _operator_norm(module.weight.detach()), "the largest singular value"
     if isinstance(module, nn.modules.conv._ConvNd):
-        return _operator_norm(module.weight.detach()) if module.padding_mode in ("zeros", "circular") else None
+        if module.padding_mode not in ("zeros", "circular"):
+            return None
+        return _operator_norm(module.weight.detach()), "the sum over kernel points of the largest singular values"
     if isinstance(module, _ONE_LIPSCHITZ) or (
         isinstance(module, nn.modules.dropout._DropoutNd) and not module.training
     ):
-        return 1.0
+        return 1.0, "the largest slope"
     if isinstance(module, nn.LeakyReLU):
-        return max(1.0, abs(module.negative_slope))
+        return max(1.0, abs(module.negative_slope)), "the largest slope"
     if isinstance(module, nn.ELU):
-        return max(1.0, abs(module.alpha))
-    if type(module) in _CURVED:
-        return _CURVED[type(module)]
+        return max(1.0, abs(module.alpha)), "the largest slope"
+    if _plain_class(module) in _CURVED:
+        return _CURVED[_plain_class(module)], "the largest slope"
     if isinstance(module, nn.modules.batchnorm._BatchNorm) and not module.training and module.running_var is not None:
         scale = torch.ones_like(module.running_var) if module.weight is None else module.weight.detach()
-        return float((scale.abs() / (module.running_var + module.eps).sqrt()).max())
-    if _is_e3nn_linear(module):
-        return _dense_norm(module)
+        slopes = scale.abs() / (module.running_var + module.eps).sqrt()
+        return float(slopes.max()), "the largest scale over running deviation"
     return None
 
 
-def _is_e3nn_linear(module: nn.Module) -> bool:
-    return any(base.__module__ == "e3nn.o3._linear" for base in type(module).__mro__)
+def _plain_class(module: nn.Module) -> type:
+    """The class of a module, without the subclass that holds a term."""
+    return next(base for base in type(module).__mro__ if "_relaxed_from" not in vars(base))
 
 
 @torch.no_grad()
-def _dense_norm(module: Any) -> float | None:
+def _dense_norm(module: Any) -> tuple[float, str] | None:
     """Push the identity through an affine layer without its term."""
     if not module.internal_weights:
         return None
@@ -270,21 +321,15 @@ def _dense_norm(module: Any) -> float | None:
     finally:
         if term is not None:
             term.enabled = enabled
-    return _operator_norm((rows[:-1] - rows[-1:]).mT)
-
-
-def _missing(constant: float | str) -> str:
-    if isinstance(constant, float):
-        return ""
-    return f"no Lipschitz constant of {constant} holds everywhere; state one by lipschitz={{name: L}} if you know it"
+    return _operator_norm((rows[:-1] - rows[-1:]).mT), "the largest singular value"
 
 
 def _kind(module: nn.Module) -> str:
     trained = module.training and isinstance(module, nn.modules.batchnorm._BatchNorm)
-    return type(module).__name__ + (", statistics of the batch" if trained else "")
+    return _plain_class(module).__name__ + (", statistics of the batch" if trained else "")
 
 
-def _norm(tensors: Any) -> float:
+def _norm(tensors: Iterable[Tensor]) -> float:
     return math.hypot(*(float(torch.linalg.vector_norm(t.double())) for t in tensors))
 
 

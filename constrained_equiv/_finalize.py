@@ -6,7 +6,7 @@ Law: nothing is changed unless every term passes the check (or `on_violation` sa
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain, islice
@@ -17,9 +17,11 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
 from constrained_equiv import constraints
+from constrained_equiv._certificate import Certificate, certify
 from constrained_equiv._optim import ConstrainedOptimizer
 from constrained_equiv._relax import Relaxation, relaxations, remove
 from constrained_equiv._symmetry import Symmetry
+from constrained_equiv._table import table
 from constrained_equiv._verify import equivariance_error
 from constrained_equiv.errors import ConstrainedEquivError, RelaxationError, ViolationError
 from constrained_equiv.groups import Group
@@ -39,6 +41,7 @@ class LayerReport:
         unfolded: Frobenius norm of the equivariant part that they cannot hold, which was dropped.
         removed: Frobenius norm of what was dropped: all of the term, or with `fold` its non-equivariant part.
         output_change: relative change of the layer's output on the first batch; None without batches.
+        bound: of that change, B || h || / || f(h) || (see `Certificate`); None where it is not known.
         kept: whether the term is still there (`on_violation="keep"`).
         blocks: of a kept term, the blocks between irreps in which the data broke the symmetry: name and norm over
             sqrt(out features), those above `atol`, the largest first.
@@ -53,12 +56,13 @@ class LayerReport:
     unfolded: float
     removed: float
     output_change: float | None
+    bound: float | None
     kept: bool
     blocks: tuple[tuple[str, float], ...] = ()
     generators: tuple[tuple[str, float], ...] = ()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Report:
     """What `finalize` did; prints as a table.
 
@@ -67,6 +71,7 @@ class Report:
         output_change: relative change of the model's output on the first batch; None without batches.
         error_before: relative equivariance error of the relaxed model; None without a symmetry.
         error_after: the same of the finished model.
+        certificate: upper bounds of what the terms did on the first batch, and of `error_before`; None without batches.
         recalibrated: number of normalisation layers whose statistics were gathered anew.
         notes: what could not be done, in words.
     """
@@ -75,11 +80,12 @@ class Report:
     output_change: float | None
     error_before: float | None
     error_after: float | None
+    certificate: Certificate | None
     recalibrated: int
     notes: tuple[str, ...]
 
-    def __str__(self) -> str:
-        header = ("layer", "measure", "value", "allowed", "folded", "unfolded", "removed", "output change", "")
+    def __repr__(self) -> str:
+        header = "layer", "measure", "value", "allowed", "folded", "unfolded", "removed", "output change", "at most", ""
         rows = [
             (
                 layer.name or "(model)",
@@ -90,22 +96,21 @@ class Report:
                 f"{layer.unfolded:.3g}",
                 f"{layer.removed:.3g}",
                 _optional(layer.output_change),
+                "no bound" if layer.output_change is not None and layer.bound is None else _optional(layer.bound),
                 "kept" if layer.kept else "",
             )
             for layer in self.layers
         ]
-        widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
         lines = [
-            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in (header, *rows)
-        ]
-        lines += [
+            *table(header, rows),
             f"output of the model changed by {_optional(self.output_change)} (relative)",
             f"equivariance error {_optional(self.error_before)} before, {_optional(self.error_after)} after (relative)",
+            *_words(self.certificate),
             f"normalisation layers recalibrated: {self.recalibrated}",
             *(f"symmetry broken in {layer.name or '(model)'}: {_listed(layer)}" for layer in self.layers if layer.kept),
             *self.notes,
         ]
-        return "\n".join(line.rstrip() for line in lines)
+        return "\n".join(lines)
 
 
 def finalize(
@@ -117,6 +122,7 @@ def finalize(
     symmetry: Symmetry | None = None,
     fold: bool = False,
     atol: float = 1e-3,
+    lipschitz: Mapping[str, float] | None = None,
     on_violation: Literal["raise", "drop", "keep"] = "raise",
 ) -> Report:
     """Take the terms away and give back the equivariant model, in place.
@@ -125,12 +131,15 @@ def finalize(
         model: a relaxed model (the bare module, not its DistributedDataParallel wrapper).
         optimizer: the optimizer; a `ConstrainedOptimizer` states the levels and is released, and the terms' parameters
             leave any optimizer's groups and state.
-        batches: for the measured changes, and for gathering the statistics of normalisation layers anew.
+        batches: for the measured changes and their bounds, and for gathering the statistics of normalisation layers
+            anew.
         forward: `forward(model, batch)` runs the model on one of `batches`; `model(batch)` by default.
         symmetry: of the model; the report then holds its equivariance error before and after, on the first batch.
         fold: write the equivariant part of free terms into the layers' own weights before the rest is dropped; a tensor
             product can hold it only where its second input has a scalar that is constant, which is read from `batches`.
         atol: how far above its level a term may be, in the measure's unit.
+        lipschitz: Lipschitz constants of modules by name, for the bound of the equivariance error, where there is no
+            known one: gates, tensor products, your own modules.
         on_violation: `raise` (default) changes nothing and raises; `drop` removes the terms all the same; `keep` leaves
             the terms above their level in place, so that the report names the layers, irrep blocks and generators in
             which the data broke the symmetry.
@@ -178,6 +187,7 @@ def finalize(
 
     folded = {id(r.term): _fold(r, probe, notes) if fold else (0.0, 0.0) for r in leaving}
     removed = {id(r.term): _dropped_norm(r, fold) for r in leaving}
+    certificate = _certificate(model, found, symmetry, probe, lipschitz, notes)
     remove(model, [r.layer for r in leaving], optimizer)
     if isinstance(optimizer, ConstrainedOptimizer):
         _release(optimizer, leaving)
@@ -205,6 +215,7 @@ def finalize(
             *folded.get(id(r.term), (0.0, 0.0)),
             removed.get(id(r.term), 0.0),
             changes.get(id(r.layer)),
+            None if certificate is None or probe is None else _bound(r, certificate, probe),
             r in kept,
             *(_broken(r, atol) if r in kept else ()),
         )
@@ -215,6 +226,7 @@ def finalize(
         output_change,
         error_before,
         error_after,
+        certificate,
         len(statistics) if stream is not None else 0,
         tuple(dict.fromkeys(notes)),
     )
@@ -280,6 +292,8 @@ def _fold(relaxation: Relaxation, probe: "_Probe | None", notes: list[str]) -> t
     equivariant = total - term.projection.complement_(total.clone())
     arguments = None if probe is None or id(layer) not in probe.calls else probe.calls[id(layer)][0]
     written = torch.zeros_like(total) if how.fold is None else how.fold(layer, equivariant, arguments)
+    if (factor := term.factor()) != 0:
+        term.weight.sub_(written / factor)  # so that the layer computes what it did before
     lost = float(torch.linalg.vector_norm(equivariant - written))
     if lost <= 1e-6 * max(float(torch.linalg.vector_norm(equivariant)), 1e-30):
         lost = 0.0  # rounding
@@ -356,6 +370,48 @@ def _model_error(model: nn.Module, symmetry: Symmetry | None, probe: _Probe | No
         )
     with _evaluation(model):
         return equivariance_error(model, args if len(args) > 1 else args[0], symmetry=symmetry)
+
+
+def _certificate(
+    model: nn.Module,
+    found: Iterable[Relaxation],
+    symmetry: Symmetry | None,
+    probe: _Probe | None,
+    lipschitz: Mapping[str, float] | None,
+    notes: list[str],
+) -> Certificate | None:
+    """Bound what the terms do, on the probe's batch."""
+    if probe is None:
+        return None
+    args, kwargs, _ = probe.calls.get(id(model), ((), {}, []))
+    if kwargs or not args:
+        notes.append("nothing was bounded: pass a forward= that calls the model, with positional inputs")
+        return None
+    terms = [(r.name, r.layer, r.term.matrix()) for r in found]
+    with _evaluation(model):
+        return certify(model, terms, args if len(args) > 1 else args[0], symmetry=symmetry, lipschitz=lipschitz)
+
+
+def _bound(relaxation: Relaxation, certificate: Certificate, probe: _Probe) -> float | None:
+    """The bound of the relative change of a layer's output, at its first call."""
+    bound = next((b for b in certificate.bounds if b.name == relaxation.name), None)
+    if bound is None or bound.truncation is None:
+        return None
+    size = math.hypot(*(float(torch.linalg.vector_norm(t)) for t in probe.calls[id(relaxation.layer)][2]))
+    return bound.truncation / size if size else bound.truncation
+
+
+def _words(certificate: Certificate | None) -> list[str]:
+    if certificate is None or certificate.measured is None:
+        return []
+    if certificate.equivariance is None:
+        missing = next(b for b in certificate.bounds if b.equivariance is None)
+        return [f"no bound of the error before, for layer {missing.name!r}: {missing.reason}"]
+    size = certificate.size or 1.0
+    return [
+        f"error before at most {certificate.equivariance / size:.3g}, an upper bound that is loose; measured "
+        f"{certificate.measured / size:.3g} (relative; print(report.certificate) shows why)"
+    ]
 
 
 def _relative_change(before: list[Tensor], after: list[Tensor]) -> float:

@@ -18,6 +18,7 @@ from torch import nn
 from torch.nn.parameter import UninitializedParameter
 
 from constrained_equiv import adapters
+from constrained_equiv._table import table
 from constrained_equiv._terms import CHILD, Init, NonEquivariantTerm
 from constrained_equiv.adapters import Adapter, Site
 from constrained_equiv.errors import RelaxationError, SerializationError
@@ -47,7 +48,7 @@ class Relaxation:
 class Relaxations(tuple[Relaxation, ...]):
     """The relaxed layers of a model, in the model's order; prints as a table."""
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         header = ("layer", "class", "term", "inputs -> outputs", "parameters", "equivariant maps")
         rows = [
             (
@@ -60,11 +61,7 @@ class Relaxations(tuple[Relaxation, ...]):
             )
             for r in self
         ]
-        widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
-        lines = [
-            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in (header, *rows)
-        ]
-        return "\n".join(line.rstrip() for line in lines)
+        return "\n".join(table(header, rows))
 
 
 def relax(

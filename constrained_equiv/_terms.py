@@ -73,8 +73,11 @@ class NonEquivariantTerm(nn.Module):
 
     def matrix(self) -> Tensor:
         """Return the map that is added, scale * gate * W."""
-        factor = self.scale if self.gate is None else self.scale * self.gate
-        return factor * self.weight
+        return self.factor() * self.weight
+
+    def factor(self) -> Tensor:
+        """Return scale * gate."""
+        return self.scale if self.gate is None else self.scale * self.gate
 
     @torch.no_grad()
     def initialise(self, init: Init, generator: torch.Generator | None) -> None:

@@ -33,7 +33,7 @@ class Atom(NamedTuple):
 
 @dataclass(eq=False)
 class Call:
-    """One execution of one module; `arguments` and `output` are copies made at that time."""
+    """One execution of one module; `arguments` and `output` are copies made at that time, if asked for."""
 
     name: str
     module: nn.Module
@@ -60,12 +60,15 @@ class Trace:
     alive: list[Any]
 
 
-def trace(model: Callable[..., Any], run: Callable[[], Any]) -> Trace:
+def trace(
+    model: Callable[..., Any], run: Callable[[], Any], *, copied: Callable[[nn.Module], bool] = lambda module: True
+) -> Trace:
     """Run once and record every module of `model` that is written in Python.
 
     Args:
         model: whose modules are watched; a plain function has none.
         run: calls it.
+        copied: of which modules the entries matter; the tensors of others may be overwritten later, which saves memory.
     """
     events: list[Event] = []
     open_calls: list[Call] = []
@@ -73,15 +76,17 @@ def trace(model: Callable[..., Any], run: Callable[[], Any]) -> Trace:
     names: dict[int, str] = {}
 
     def enter(module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
-        taken = [atoms(argument) for argument in arguments]
+        copy = copied(module)
+        taken = [atoms(argument, copied=copy) for argument in arguments]
         alive.append(arguments)
-        call = Call(names[id(module)], module, tree_map(_copy, arguments), keywords, taken)
+        call = Call(names[id(module)], module, tree_map(_copy, arguments) if copy else arguments, keywords, taken)
         open_calls.append(call)
         events.append(Event("enter", call))
 
     def leave(module: nn.Module, arguments: Any, keywords: Any, output: Any) -> None:
         call = open_calls.pop()
-        call.output, call.given = tree_map(_copy, output), atoms(output)
+        copy = copied(module)
+        call.output, call.given = tree_map(_copy, output) if copy else output, atoms(output, copied=copy)
         alive.append(output)
         events.append(Event("leave", call))
 
@@ -98,8 +103,8 @@ def trace(model: Callable[..., Any], run: Callable[[], Any]) -> Trace:
     return Trace(events, output, alive)
 
 
-def atoms(value: Any) -> list[Atom]:
-    """List the floating-point tensors of a structure, with copies of their entries."""
+def atoms(value: Any, *, copied: bool = True) -> list[Atom]:
+    """List the floating-point tensors of a structure, with copies of their entries unless `copied` is False."""
     found = []
     for leaf in tree_flatten(value)[0]:
         geometric = not isinstance(leaf, Tensor) and isinstance(getattr(leaf, "tensor", None), Tensor)
@@ -110,7 +115,8 @@ def atoms(value: Any) -> list[Atom]:
                 tuple(tensor.shape),
                 tensor.stride(),
             )
-            found.append(Atom(tensor.detach().clone(), key, leaf.type if geometric else None))
+            entries = tensor.detach().clone() if copied else tensor.detach()
+            found.append(Atom(entries, key, leaf.type if geometric else None))
     return found
 
 

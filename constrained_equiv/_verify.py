@@ -48,6 +48,8 @@ class EquivarianceReport:
         output: where in the structure of outputs, empty for a single tensor.
         dtype: of that output.
         element: the worst group element (d, d).
+        entry: where along the first axis of that output the gap is largest, None for a scalar.
+        inputs: the input there, by place: entry `entry` of tensors with as long a first axis, other tensors as a whole.
     """
 
     group: Group
@@ -61,6 +63,8 @@ class EquivarianceReport:
     output: str
     dtype: torch.dtype
     element: Tensor
+    entry: int | None
+    inputs: dict[str, Tensor]
 
     @property
     def passed(self) -> bool:
@@ -90,7 +94,9 @@ class EquivarianceReport:
         return (
             f"relative equivariance error {self.error:.3g} under {self.group}{exact}: expected at most "
             f"{self.tolerance:.3g} for {self.dtype}\n{self.verdict} (by {self.method})\n"
-            f"worst element, output {self.output or 'tensor'}:\n{self.element}"
+            f"worst element, output {self.output or 'tensor'}:\n{self.element}\n"
+            f"worst input, entry {'all' if self.entry is None else self.entry}:"
+            + "".join(f"\n{place or 'tensor'} = {value}" for place, value in self.inputs.items())
         )
 
 
@@ -344,6 +350,14 @@ def _report(
             again = outputs(shaken, _shake(inputs, generator)), outputs(shaken, _shake(moved, generator))
             rounding = max(rounding, relative_gap(again[0], at_x, at_x) + relative_gap(again[1], at_gx, at_x))
     cancelled = tolerance is None and worst.excess > 0 and _cancelled(model, inputs, symmetry, worst)
+    image = leaves(symmetry.move_outputs(worst.element, call(model, inputs)))[worst.output]
+    entry = None
+    if at_gx.ndim and len(at_gx):
+        entry = int(torch.linalg.vector_norm((at_gx - image).reshape(len(at_gx), -1), dim=1).argmax())
+    shown = {
+        place: value[entry] if value.ndim and entry is not None and len(value) == len(at_gx) else value
+        for place, value in leaves(inputs).items()
+    }
     return EquivarianceReport(
         symmetry.group,
         worst.error,
@@ -356,6 +370,8 @@ def _report(
         worst.output,
         worst.dtype,
         worst.element,
+        entry,
+        shown,
     )
 
 

@@ -26,7 +26,7 @@ from constrained_equiv.representations import Representation, defining, permutat
 from tests import steerable
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Case:
     """One model, how to relax it, what to feed it and what it is equivariant to.
 
@@ -59,6 +59,9 @@ class Case:
     linear: bool = False
     folds: Literal["all", "part", "none"] = "all"
     marks: tuple[pytest.MarkDecorator, ...] = ()
+
+    def __repr__(self) -> str:
+        return f"case {self.name!r}"
 
     def model(self, dtype: torch.dtype | None = None) -> nn.Module:
         """A fresh copy of the same model at every call, in training mode."""
@@ -446,6 +449,9 @@ _FORCES = (
 )  # fmt: skip
 
 _TABLE: tuple[Case, ...] = (*_E3NN, *_STATED, *_VECTOR_NEURONS, *_ESCNN, *_FORCES)
+
+AVAILABLE = [case for case in _TABLE if not case.needs or importlib.util.find_spec(case.needs) is not None]
+"""The cases whose framework is installed, for laws that draw a case."""
 
 CASES = [
     pytest.param(

@@ -3,6 +3,7 @@
 import copy
 import math
 import pickle
+import re
 
 import pytest
 import torch
@@ -442,28 +443,90 @@ def test_without_batches_or_symmetry_the_report_says_so():
 
 def test_a_printed_report_is_a_table_and_a_summary():
     model = relax_sets(set_network(norm=True))
-    report = ce.finalize(model, batches=batches(), symmetry=SETS, on_violation="drop")
-    text = str(report).splitlines()
-    assert text[0].split() == [
-        "layer",
-        "measure",
-        "value",
-        "allowed",
-        "folded",
-        "unfolded",
-        "removed",
-        "output",
-        "change",
-    ]
+    report = ce.finalize(model, batches=batches(), symmetry=SETS, on_violation="drop", lipschitz={"1": 1.0})
+    text = repr(report).splitlines()
+    expected = "layer, measure, value, allowed, folded, unfolded, removed, output change, at most"
+    assert re.sub("  +", ", ", text[0]) == expected
     for line, layer in zip(text[1:3], report.layers, strict=True):
-        name, measure, value, allowed, folded, unfolded, removed, change = line.split()
+        name, measure, value, allowed, folded, unfolded, removed, change, most = line.split()
         assert (name, measure, allowed, folded, unfolded) == (layer.name, "weight", "0.001", "0", "0")
         assert float(value) == pytest.approx(layer.value, rel=1e-2)
         assert float(removed) == pytest.approx(layer.removed, rel=1e-2)
-        assert float(change) == pytest.approx(layer.output_change, rel=1e-2)
+        assert float(change) == pytest.approx(layer.output_change, rel=1e-2) and float(change) < float(most)
     assert text[3].startswith("output of the model changed by ") and f"{report.output_change:.3g}" in text[3]
     assert f"{report.error_before:.3g} before, {report.error_after:.3g} after" in text[4]
-    assert text[5] == "normalisation layers recalibrated: 1" and len(text) == 6
+    found = report.certificate
+    assert f"at most {found.equivariance / found.size:.3g}" in text[5] and "loose" in text[5]
+    assert text[6] == "normalisation layers recalibrated: 1" and len(text) == 7
+    assert str(report) == repr(report) and max(map(len, text)) <= 120
+
+
+# --- bounds -----------------------------------------------------------------------------------------------------------
+
+
+@table
+def test_every_change_is_within_its_bound_and_stands_beside_it(case):
+    model, data = case.relaxed(init=0.3), case.data()
+    report = ce.finalize(
+        model, batches=[data], forward=spread, symmetry=case.symmetry(), on_violation="drop", fold=False
+    )
+    assert all(0 < layer.output_change <= layer.bound * (1 + 1e-5) for layer in report.layers)
+    found = report.certificate
+    assert found.measured > 1e-3 * found.size  # the terms were on while it was measured
+    if found.equivariance is None:
+        assert "no bound of the error before, for layer" in str(report)
+    else:
+        assert found.measured <= found.equivariance and "error before at most" in str(report)
+    if report.error_before is not None and len(outputs(model, data)) == 1:
+        assert found.measured / found.size == pytest.approx(report.error_before, rel=1e-6)  # the same elements
+
+
+def test_folded_terms_are_bounded_by_what_is_dropped():
+    case = case_named("e3nn linear")
+    model, data = case.relaxed(complement=False), case.data()
+    (term,) = [r.term for r in ce.relaxations(model)]
+    term.scale.fill_(0.5)
+    before = outputs(model, data)
+    dropped = float(torch.linalg.matrix_norm(term.projection.complement_(term.matrix().detach().clone()), 2))
+    report = ce.finalize(model, batches=[data], forward=spread, fold=True, on_violation="drop")
+    (bound,) = report.certificate.bounds
+    assert bound.strength == pytest.approx(dropped)
+    assert bound.truncation == pytest.approx(dropped * data[0].norm().item())
+    assert distance(before, outputs(model, data)) == pytest.approx(report.layers[0].output_change)
+    assert 0.1 < report.layers[0].output_change <= report.layers[0].bound
+
+
+def test_terms_that_are_zero_are_certified_whatever_follows():
+    case = case_named("e3nn gate network")  # no Lipschitz constant holds for a gate
+    report = ce.finalize(
+        case.relaxed(init=0.0), batches=[case.data()], forward=spread, symmetry=case.symmetry(), on_violation="raise"
+    )
+    assert report.certificate.equivariance == 0 and not any(b.reason for b in report.certificate.bounds)
+    assert report.certificate.measured < 1e-13 * report.certificate.size
+    assert [layer.bound for layer in report.layers] == [0, 0]
+
+
+def test_constants_that_are_not_known_can_be_stated():
+    reports = [
+        ce.finalize(
+            relax_sets(set_network(norm=True)), batches=batches(), symmetry=SETS, on_violation="drop", lipschitz=stated
+        )
+        for stated in (None, {"1": 2.5})
+    ]
+    assert reports[0].certificate.equivariance is None and "state one by lipschitz=" in str(reports[0])
+    assert reports[1].certificate.equivariance > reports[1].certificate.measured
+    assert "L of '1' (PointNorm) is 2.5, as stated" in repr(reports[1].certificate)
+
+
+def test_without_what_is_needed_nothing_is_bounded_and_it_is_said():
+    report = ce.finalize(relax_sets(set_network()), on_violation="drop")
+    assert report.certificate is None and all(layer.bound is None for layer in report.layers)
+    forward = lambda m, batch: m(input=batch)  # noqa: E731
+    report = ce.finalize(relax_sets(set_network()), batches=batches(), forward=forward, on_violation="drop")
+    assert report.certificate is None and "nothing was bounded: pass a forward=" in str(report)
+    assert "no bound" in str(report).splitlines()[1]
+    report = ce.finalize(relax_sets(set_network()), batches=batches(), on_violation="drop")  # truncations need no group
+    assert report.certificate.measured is None and all(layer.bound > 0 for layer in report.layers)
 
 
 def test_the_first_element_of_a_lone_model_is_named():

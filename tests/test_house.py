@@ -22,7 +22,7 @@ PACKAGE = ROOT / "constrained_equiv"
 
 # Every file of the package, in the order in which it may be imported: a file imports only files above it.
 ORDER = """
-    errors schedules groups representations intertwiners kernels actions _symmetry
+    errors _table schedules groups representations intertwiners kernels actions _symmetry
     _verify _lie _trace _inner _findings _audit _certificate
     _tensors _terms
     adapters._base adapters._linear adapters._vector_neurons adapters._e3nn adapters._escnn adapters
@@ -37,7 +37,7 @@ SURFACE = """
 constrained_equiv.ConstrainedOptimizer(base, *constraints, formulation='augmented_lagrangian', penalty=1.0,
     penalty_growth=1.0, dual='sgd', dual_lr=None, multiplier=None, order='dual-primal', enforce='multipliers',
     at_zero='clear', on_nonfinite='ignore')
-constrained_equiv.Report(layers, output_change, error_before, error_after, recalibrated, notes)
+constrained_equiv.Report(layers, output_change, error_before, error_after, certificate, recalibrated, notes)
 constrained_equiv.Symmetry(group, inputs, outputs)
 constrained_equiv.actions
 constrained_equiv.adapters
@@ -54,7 +54,7 @@ constrained_equiv.equivariance_error(model, inputs, *, symmetry, samples=8, gene
 constrained_equiv.equivariance_report(model, inputs, *, symmetry, tolerance=None, samples=8, generator=None)
 constrained_equiv.errors
 constrained_equiv.finalize(model, *, optimizer=None, batches=None, forward=None, symmetry=None, fold=False,
-    atol=0.001, on_violation='raise')
+    atol=0.001, lipschitz=None, on_violation='raise')
 constrained_equiv.groups
 constrained_equiv.intertwiners
 constrained_equiv.lie_derivative(model, inputs, *, symmetry, name='')

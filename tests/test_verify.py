@@ -18,6 +18,18 @@ FORCES = Symmetry(E3, actions.points, {"energy": None, "forces": actions.vectors
 SET = Symmetry(S5, actions.permute(-2), None)
 NODES = Symmetry(S5, actions.permute(-2), actions.permute(-2))
 MOTION = Symmetry(E3, (actions.points, actions.vectors), (actions.points, actions.vectors))
+SHIFTS = Symmetry(groups.translations(3), actions.points, None)
+LORENTZ = groups.O13()
+MOMENTA = Symmetry(LORENTZ, actions.along(reps.defining(LORENTZ), -1), None)
+GRAPH = Symmetry(S5, (actions.permute(-2), actions.permute(-2, -1)), (actions.permute(-2), actions.permute(-2, -1)))
+IMAGES = Symmetry(groups.dihedral(4), actions.pixels, actions.pixels)
+BOTH = groups.product(O3, S5)
+TURNED = actions.through(BOTH, 0, actions.along(reps.vectors(1), -1))
+CLOUD = Symmetry(
+    BOTH,
+    actions.chain(TURNED, actions.through(BOTH, 1, actions.permute(-2))),
+    {"center": TURNED, "size": None},
+)
 
 norm = torch.linalg.vector_norm
 cross = torch.linalg.cross
@@ -43,6 +55,20 @@ def with_forces(energy):
 def pair_energy(x):
     """Sum over pairs of 1 / (1 + squared distance)."""
     return (1 / (1 + (x.unsqueeze(-2) - x.unsqueeze(-3)).square().sum(-1))).sum((-2, -1))
+
+
+def minkowski(x):
+    """Inner products of four-vectors."""
+    return x @ torch.diag(x.new_tensor([1.0, -1.0, -1.0, -1.0])) @ x.mT
+
+
+def messages(nodes, adjacency):
+    """New nodes and a new adjacency matrix of a graph."""
+    return torch.tanh(adjacency @ nodes), adjacency * (nodes @ nodes.mT)
+
+
+def blurred(images):
+    return torch.nn.functional.avg_pool2d(images, 3, stride=1, padding=1)
 
 
 def second_moment(x):
@@ -85,6 +111,15 @@ GOOD = {
     "zero": (lambda x: 0 * x, [(5, 3)], VECTORS),
     "no points": (lambda x: 2 * x, [(0, 3)], VECTORS),
     "complex amplitudes": (lambda x: norm(x, dim=-1) * (1 + 2j), [(5, 3)], Symmetry(O3, "1x1o", None)),
+    "differences, shifted": (lambda x: x - x.roll(1, -2), [(5, 3)], SHIFTS),
+    "invariant masses": (minkowski, [(2, 5, 4)], MOMENTA),
+    "graph": (messages, [(5, 3), (5, 5)], GRAPH),
+    "blur of images": (blurred, [(1, 2, 6, 6)], IMAGES),
+    "rotations and permutations at once": (
+        lambda x: {"center": torch.tanh(x.square().sum((-2, -1)))[:, None] * x.mean(-2), "size": norm(x, dim=(-2, -1))},
+        [(2, 5, 3)],
+        CLOUD,
+    ),
 }
 
 BROKEN = {
@@ -129,6 +164,27 @@ BROKEN = {
         Symmetry(O3, "1x1o", None),
     ),
     "dropout": (lambda x: torch.nn.functional.dropout(x, 0.5), [(5, 3)], VECTORS),
+    "absolute positions, shifted": (lambda x: x - 0.9 * x.roll(1, -2), [(5, 3)], SHIFTS),
+    "invariant under rotations, not under boosts": (lambda x: norm(x[..., 1:], dim=-1), [(2, 5, 4)], MOMENTA),
+    "Euclidean products of four-vectors": (lambda x: x @ x.mT, [(2, 5, 4)], MOMENTA),
+    "edges to earlier nodes only": (lambda n, a: messages(n, a.tril()), [(5, 3), (5, 5)], GRAPH),
+    "direction of the edges": (
+        lambda n, a: (messages(n, a)[0], a * n[:, :1] * torch.arange(5).to(n)),
+        [(5, 3), (5, 5)],
+        GRAPH,
+    ),
+    "shifted images": (lambda x: blurred(x) + 0.1 * x.roll(1, -1), [(1, 2, 6, 6)], IMAGES),
+    "flipped images": (lambda x: x + 0.1 * x.rot90(1, (-2, -1)), [(1, 2, 6, 6)], IMAGES),
+    "one factor of two": (
+        lambda x: {"center": x[..., 0, :], "size": norm(x, dim=(-2, -1))},
+        [(2, 5, 3)],
+        CLOUD,
+    ),
+    "the other factor": (
+        lambda x: {"center": x.mean(-2), "size": x.abs().sum((-2, -1))},
+        [(2, 5, 3)],
+        CLOUD,
+    ),
 }
 
 
@@ -154,6 +210,20 @@ def test_broken_functions_fail(name, dtype):
     with pytest.raises(EquivarianceError, match="relative equivariance error"):
         assert_equivariant(function, inputs_of(shapes, dtype), symmetry=symmetry)
     assert equivariance_error(function, inputs_of(shapes, dtype), symmetry=symmetry) > 1e-3
+
+
+def test_an_edge_index_is_relabelled_with_the_nodes():
+    """A graph as nodes and pairs of node numbers, which are integers and not compared."""
+    edges, nodes = torch.tensor([[0, 1, 3, 3, 4], [1, 2, 0, 2, 4]]), inputs_of([(5, 3)], torch.float64)
+    symmetry = Symmetry(S5, (actions.permute(-2), actions.relabel), {"nodes": actions.permute(-2), "edges": None})
+
+    def model(nodes, edges, order=False):
+        sent = nodes[edges[0]] + (0.1 * edges[0][:, None] if order else 0)
+        return {"nodes": torch.zeros_like(nodes).index_add(0, edges[1], sent), "edges": norm(sent, dim=-1)}
+
+    assert_equivariant(model, (nodes, edges), symmetry=symmetry)
+    with pytest.raises(EquivarianceError):
+        assert_equivariant(lambda n, e: model(n, e, order=True), (nodes, edges), symmetry=symmetry)
 
 
 @given(st.floats(1e-6, 1e3), st.integers(0, 2**32))
@@ -201,6 +271,22 @@ def test_the_worst_element_stands_in_the_message():
         )
     assert "under C_4" in str(caught.value) and str(turn) in str(caught.value)
     assert "expected at most 1e-10 for torch.float64" in str(caught.value)
+
+
+def test_the_worst_input_stands_in_the_message():
+    """Of five vectors, the fourth alone leaves the symmetry; a second input of another length is shown as a whole."""
+    x = inputs_of([(5, 3)], torch.float64)
+
+    def model(x, scale):
+        return torch.where(torch.arange(5)[:, None] == 3, x.abs(), x) * scale.sum()
+
+    scale = torch.tensor([0.5, 0.25], dtype=torch.float64)
+    with pytest.raises(EquivarianceError) as caught:
+        assert_equivariant(model, (x, scale), symmetry=Symmetry(O3, ("1x1o", None), "1x1o"))
+    message = str(caught.value)
+    assert f"worst input, entry 3:\n[0] = {x[3]}\n[1] = {scale}" in message
+    with pytest.raises(EquivarianceError, match=r"worst input, entry all:\ntensor = "):
+        assert_equivariant(lambda x: x.sum(), x, symmetry=Symmetry(O3, "1x1o", None))
 
 
 def test_the_broken_output_is_named():

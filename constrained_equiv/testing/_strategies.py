@@ -222,7 +222,7 @@ def tensors(draw: DrawFn, shape: tuple[int, ...], *, dtype: torch.dtype = torch.
 def features(
     representation: Representation, *, shape: tuple[int, ...] = (4,), dtype: torch.dtype = torch.float64
 ) -> SearchStrategy[Tensor]:
-    """Draw features of shape ``(*shape, dim)`` of a representation, as `tensors` does."""
+    """Draw features of a representation, ``(*shape, dim)``, as `tensors` does."""
     return tensors((*shape, representation.dim), dtype=dtype)
 
 

@@ -33,16 +33,17 @@ def main(names: list[str]) -> int:
         if status != 0:
             print(f"without a mutant {' '.join(tests)} ends with status {status} {failed}: repair that first")
             return 2
-    survivors = []
+    survivors, skipped = [], 0
     for name, mutant in chosen.items():
         if mutant.needs and importlib.util.find_spec(mutant.needs) is None:
+            skipped += 1
             print(f"{mutant.topic:14} {name:28} skipped: needs {mutant.needs}")
             continue
         status, failed = run(mutant.tests, name)
         survivors += [name] * (status == 0)
         outcome = "SURVIVED" if status == 0 else "caught by " + (failed or f"status {status}")
         print(f"{mutant.topic:14} {name:28} {outcome}", flush=True)
-    print(f"{len(survivors)} of {len(chosen)} mutants survived")
+    print(f"{len(survivors)} of {len(chosen) - skipped} mutants survived, {skipped} skipped")
     return 1 if survivors else 0
 
 

@@ -178,6 +178,53 @@ def test_no_bound_is_given_where_none_holds():
     assert outer.bounds[0].lipschitz is not None  # a relaxed layer's own constant does not enter its own bound
 
 
+class Keyword(nn.Module):
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x):
+        return self.inner(features=x)
+
+
+class Branching(nn.Module):
+    """Runs its layer once more for half of the inputs."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Linear(3, 3)
+
+    def forward(self, x):
+        x = self.inner(x)
+        return self.inner(x) if x[0, 0, 0] > x[0, 1, 0] else x
+
+
+def test_inputs_passed_by_keyword_are_not_seen():
+    o3 = pytest.importorskip("e3nn.o3")
+    model = ce.relax(Keyword(o3.Linear("2x1o", "1x1o")), init=0.1)
+    (bound,) = certify(model, terms_of(model), torch.randn(5, 6), symmetry=Symmetry(groups.O3(), "2x1o", "1x1o")).bounds
+    assert bound.truncation is bound.equivariance is None and "by keyword" in bound.reason
+
+
+def test_another_path_for_the_moved_input_has_no_bound():
+    torch.manual_seed(0)
+    x = torch.randn(5, 4, 3)
+    model = Branching()
+    found = certify(relaxed_linear(model, model.inner), terms_of(model), x, symmetry=SETS)
+    assert found.equivariance is None and "other layers for g x" in found.bounds[0].reason
+
+
+def test_subclasses_may_compute_something_else():
+    class Doubled(nn.Linear):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    model = nn.Sequential(nn.Linear(3, 3), Doubled(3, 3))
+    relaxed_linear(model, model[0])
+    found = certify(model, terms_of(model), torch.randn(5, 4, 3), symmetry=SETS)
+    assert found.equivariance is None and "'1' (Doubled)" in found.bounds[0].reason
+
+
 def test_without_a_symmetry_there_are_truncations_alone():
     model, x = set_network()
     found = certify(model, terms_of(model), x)

@@ -105,6 +105,87 @@ def test_groups_and_representations_shrink():
     assert find(testing.irreps(), lambda text: "2o" in text, settings=SEARCH) == "1x2o"
 
 
+def generic(*shape):
+    """The simplest Gaussian numbers: those of seed 0."""
+    return torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+
+
+def test_features_and_point_clouds_shrink_to_generic_values_of_the_first_seed():
+    assert torch.equal(find(testing.tensors((2, 3)), lambda x: True, settings=SEARCH), generic(2, 3))
+    features = testing.features(reps.irreps("1x0e + 1x1o"), shape=(2,))
+    assert torch.equal(find(features, lambda x: bool(x.any()), settings=SEARCH), generic(2, 4))
+    large = find(testing.tensors((2, 3)), lambda x: x.abs().max() > 100, settings=SEARCH)
+    assert torch.equal(large, 1e3 * generic(2, 3))  # the scale is what it takes, nothing else
+    assert find(testing.point_clouds(), lambda x: True, settings=SEARCH).shape == (0, 3)
+    assert torch.equal(find(testing.point_clouds(), lambda x: len(x) > 1, settings=SEARCH), generic(2, 3))
+    equal = find(testing.point_clouds(), lambda x: len(x) > 1 and torch.equal(x[0], x[1]), settings=SEARCH)
+    assert torch.equal(equal, generic(2, 3)[:1].expand(2, 3))
+
+
+def test_networks_shrink_to_one_channel_of_the_first():
+    few = hypothesis.settings(SEARCH, max_examples=100)  # a network is more to build than a tensor
+    found = find(testing.networks(), lambda network: True, settings=few)
+    assert found.name == "deep set" and found.inputs.shape[-1] == 1
+    found = find(testing.networks(), lambda network: network.name == "filter", settings=few)
+    assert found.inputs.shape == (1, 1, 6, 6)
+
+
+REPLAYED = {
+    "groups": testing.groups(),
+    "elements": testing.elements(BOTH),
+    "representations": testing.representations(groups.dihedral(4)),
+    "irreps": testing.irreps(),
+    "features": testing.features(reps.irreps("2x1o")),
+    "point clouds": testing.point_clouds(),
+    "networks": testing.networks(),
+}
+
+
+def as_numbers(value):
+    """Something to compare by `==`."""
+    if isinstance(value, testing.Network):
+        return value.name, value.inputs.tolist(), [p.tolist() for p in value.model.parameters()]
+    return value.tolist() if isinstance(value, torch.Tensor) else value
+
+
+@pytest.mark.parametrize("name", REPLAYED)
+def test_draws_replay_from_a_seed_and_leave_torch_alone(name):
+    def drawn(seed):
+        values = []
+
+        @hypothesis.seed(seed)
+        @hypothesis.settings(max_examples=15, database=None, derandomize=False, phases=[hypothesis.Phase.generate])
+        @given(REPLAYED[name])
+        def collect(value):
+            values.append(as_numbers(value))
+
+        collect()
+        return values
+
+    torch.manual_seed(1)
+    first = drawn(5)
+    torch.manual_seed(2)
+    state = torch.get_rng_state()
+    assert drawn(5) == first != drawn(6)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize(
+    "property",
+    [
+        lambda x: not x.any(),
+        lambda x: int((x != 0).sum()) == 1,
+        lambda x: bool((x == x[0]).all()) and bool(x.any()),
+        lambda x: x.abs().max() > 100,
+        lambda x: 0 < x.abs().max() < 0.02,
+        lambda x: float(x.norm(dim=1).max()) > 1e3 * float(x.norm(dim=1).min()) > 0,
+    ],
+    ids=["zero", "one entry", "equal rows", "large", "small", "mixed scales"],
+)
+def test_features_contain_the_edge_cases(property):
+    find(testing.tensors((4, 3)), property, settings=SEARCH)
+
+
 @given(testing.irreps(), st.sampled_from([torch.float32, torch.float64]), st.data())
 def test_features_have_the_shape_and_dtype_asked_for(text, dtype, data):
     representation = reps.irreps(text)
@@ -168,6 +249,8 @@ def test_escnn_field_types_are_drawn():
     for space in (gspaces.rot2dOnR2(4), gspaces.rot2dOnR2(-1, maximum_frequency=3)):
         found = find(testing.field_types(space), lambda t: len(t) > 1, settings=SEARCH)
         assert found.gspace == space and len(found) == 2
+        simplest = find(testing.field_types(space), lambda t: True, settings=SEARCH)
+        assert tuple(simplest.representations) == (space.trivial_repr,)
 
 
 def test_profiles_have_names_of_their_own_and_load_on_request():

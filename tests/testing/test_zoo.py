@@ -15,7 +15,7 @@ dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["
 def build(make, pair, dtype):
     torch.manual_seed(1)
     with default_dtype(dtype):
-        return make(), torch.randn(pair.inputs)
+        return make(), pair.inputs(dtype) if callable(pair.inputs) else torch.randn(pair.inputs)
 
 
 def test_the_zoo_is_large_enough():

@@ -123,6 +123,14 @@ class Neighbours(nn.Module):
         return x + (near - x.unsqueeze(2)).mean(2)
 
 
+class Weighted(nn.Module):
+    """Mean offset to all points (batch, n, 3), weighted by distance: no choice to be made among equals."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        offsets = x.unsqueeze(1) - x.unsqueeze(2)
+        return x + (offsets * torch.exp(-offsets.square().sum(-1, keepdim=True))).mean(2)
+
+
 class Pairs(nn.Module):
     """A function of the points (batch, n, 3) from their distances."""
 
@@ -148,7 +156,7 @@ class Pair(NamedTuple):
         name: what is wrong.
         broken: builds it, in the mode in which it is to be run.
         twin: builds the correct one.
-        inputs: shape of the input.
+        inputs: shape of a Gaussian input, or makes it in a dtype.
         symmetry: of both.
         where: name of the culprit in the broken network.
         words: a pattern in the audit's reason or notes.
@@ -157,7 +165,7 @@ class Pair(NamedTuple):
     name: str
     broken: Callable[[], nn.Module]
     twin: Callable[[], nn.Module]
-    inputs: tuple[int, ...]
+    inputs: tuple[int, ...] | Callable[[torch.dtype], Tensor]
     symmetry: Symmetry
     where: str
     words: str
@@ -168,6 +176,12 @@ X = (6, CHANNELS, 3)
 
 def network(*parts: nn.Module) -> nn.Module:
     return nn.Sequential(*parts).eval()
+
+
+def lattice(dtype: torch.dtype) -> Tensor:
+    """Points with equal distances."""
+    corners = torch.tensor([[0, 0, 0], [1, 0, 0], [0, 1, 0], [0, 0, 1], [1, 1, 1]], dtype=dtype)
+    return torch.stack([corners, 2 * corners])
 
 
 ZOO = (
@@ -223,6 +237,8 @@ ZOO = (
          (2, 5, 3), ENERGY, "input 0 of 0.head", "in the code that makes"),
     Pair("centred per point over x, y, z", lambda: network(Pairs(lambda x: x - x.mean(-1, keepdim=True))),
          lambda: network(Pairs(lambda x: x - x.mean(-2, keepdim=True))), (2, 5, 3), ENERGY, "input 0 of 0.head", ""),
+    Pair("ties among nearest neighbours", lambda: network(Neighbours(3)), lambda: network(Weighted()),
+         lattice, POINTS, "0", "equal distances among nearest neighbours"),
 )  # fmt: skip
 
 
@@ -259,9 +275,3 @@ def twice_turned(x: Tensor) -> Tensor:
 
 def with_row(x: Tensor) -> Tensor:
     return x + torch.linspace(-1, 1, x.shape[-2], dtype=x.dtype)[:, None]
-
-
-def lattice(dtype: torch.dtype) -> Tensor:
-    """Points with equal distances."""
-    corners = torch.tensor([[0, 0, 0], [1, 0, 0], [0, 1, 0], [0, 0, 1], [1, 1, 1]], dtype=dtype)
-    return torch.stack([corners, 2 * corners])
