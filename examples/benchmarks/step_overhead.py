@@ -16,7 +16,7 @@ on the CPU, time is processor time: other programs do not count. Columns, the la
 import argparse
 import copy
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from statistics import median
 from typing import NamedTuple, TypeAlias
@@ -68,7 +68,7 @@ def steerable_cnn(rotations: int, reflections: bool) -> Network:
     from examples.models.steerable_cnn import SteerableCNN
 
     network = SteerableCNN(10, width=8, rotations=rotations, reflections=reflections)
-    return network, [torch.randn(64, 1, 28, 28)], {"all": (None, None)}
+    return network, [torch.randn(16, 1, 28, 28)], {"all": (None, None)}
 
 
 def vector_neurons(make: Callable[..., nn.Module], published: bool) -> Network:
@@ -134,7 +134,7 @@ class Trainer(NamedTuple):
     """One training step on a fixed batch."""
 
     model: nn.Module
-    inputs: list[Tensor]
+    inputs: Sequence[Tensor]
     optimizer: torch.optim.Optimizer
 
     def __call__(self) -> None:
@@ -147,7 +147,7 @@ def report(
     title: str, variants: dict[str, nn.Module], inputs: list[Tensor], steps: int, clock: Callable[[], float]
 ) -> None:
     """Print what a step of each variant costs over one of the first."""
-    trainers = {name: trainer(model, inputs) for name, model in variants.items()}
+    trainers = {name: training_step(model, inputs) for name, model in variants.items()}
     times = interleaved(trainers, steps, inputs[0].device, clock)
     costs = {}
     for name, step in trainers.items():
@@ -162,7 +162,7 @@ def report(
         print("".join(f"{cost / unit:>10.2f}" for cost, unit in zip(costs[name], base, strict=True)), flush=True)
 
 
-def trainer(model: nn.Module, inputs: list[Tensor]) -> Trainer:
+def training_step(model: nn.Module, inputs: Sequence[Tensor]) -> Trainer:
     """Build one training step, constrained where the model is relaxed."""
     if not ce.relaxations(model):
         return Trainer(model, inputs, torch.optim.Adam(model.parameters(), lr=1e-4))
@@ -209,7 +209,7 @@ def products(step: Trainer) -> int:
     return int(counter.get_total_flops())
 
 
-def saved_bytes(model: nn.Module, inputs: list[Tensor]) -> int:
+def saved_bytes(model: nn.Module, inputs: Sequence[Tensor]) -> int:
     """Count the bytes of distinct storages that one forward pass keeps for the backward pass, parameters left out."""
     own = {p.untyped_storage().data_ptr() for p in model.parameters()}
     kept: dict[int, int] = {}
