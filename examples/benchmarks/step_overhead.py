@@ -68,7 +68,7 @@ def steerable_cnn(rotations: int, reflections: bool) -> Network:
     from examples.models.steerable_cnn import SteerableCNN
 
     network = SteerableCNN(10, width=8, rotations=rotations, reflections=reflections)
-    return network, [torch.randn(16, 1, 28, 28)], {"all": (None, None)}
+    return network, [torch.randn(64, 1, 28, 28)], {"all": (None, None)}
 
 
 def vector_neurons(make: Callable[..., nn.Module], published: bool) -> Network:
