@@ -130,7 +130,7 @@ NETWORKS: dict[str, Callable[[], Network]] = {
 # --- measuring --------------------------------------------------------------------------------------------------------
 
 
-class Trainer(NamedTuple):
+class TrainingStep(NamedTuple):
     """One training step on a fixed batch."""
 
     model: nn.Module
@@ -147,10 +147,10 @@ def report(
     title: str, variants: dict[str, nn.Module], inputs: list[Tensor], steps: int, clock: Callable[[], float]
 ) -> None:
     """Print what a step of each variant costs over one of the first."""
-    trainers = {name: training_step(model, inputs) for name, model in variants.items()}
-    times = interleaved(trainers, steps, inputs[0].device, clock)
+    runs = {name: training_step(model, inputs) for name, model in variants.items()}
+    times = interleaved(runs, steps, inputs[0].device, clock)
     costs = {}
-    for name, step in trainers.items():
+    for name, step in runs.items():
         kept, state = saved_bytes(step.model, inputs), state_bytes(step)
         costs[name] = (times[name], products(step), kept, state, kept + state)
     base = next(iter(costs.values()))
@@ -162,13 +162,13 @@ def report(
         print("".join(f"{cost / unit:>10.2f}" for cost, unit in zip(costs[name], base, strict=True)), flush=True)
 
 
-def training_step(model: nn.Module, inputs: Sequence[Tensor]) -> Trainer:
+def training_step(model: nn.Module, inputs: Sequence[Tensor]) -> TrainingStep:
     """Build one training step, constrained where the model is relaxed."""
     if not ce.relaxations(model):
-        return Trainer(model, inputs, torch.optim.Adam(model.parameters(), lr=1e-4))
+        return TrainingStep(model, inputs, torch.optim.Adam(model.parameters(), lr=1e-4))
     constraint = ce.constraints.weight(model, level=0.1)
     base = torch.optim.Adam(ce.parameter_groups(model, lr=1e-4))
-    return Trainer(model, inputs, ce.ConstrainedOptimizer(base, constraint))
+    return TrainingStep(model, inputs, ce.ConstrainedOptimizer(base, constraint))
 
 
 def loss(outputs: Tensor | tuple[Tensor, ...]) -> Tensor:
@@ -202,7 +202,7 @@ def interleaved(
     return {name: median(values) for name, values in times.items()}
 
 
-def products(step: Trainer) -> int:
+def products(step: TrainingStep) -> int:
     """Count the floating-point operations that a step spends in matrix products and convolutions."""
     with FlopCounterMode(display=False) as counter:
         step()
@@ -229,7 +229,7 @@ def saved_bytes(model: nn.Module, inputs: Sequence[Tensor]) -> int:
     return total
 
 
-def state_bytes(step: Trainer) -> int:
+def state_bytes(step: TrainingStep) -> int:
     """Count the bytes of parameters, their gradients and the optimizer's state."""
     parameters = [(1 + p.requires_grad) * p.nbytes for p in step.model.parameters()]
     state = [v.nbytes for entries in step.optimizer.state.values() for v in entries.values() if isinstance(v, Tensor)]

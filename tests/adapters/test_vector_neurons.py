@@ -143,7 +143,7 @@ def test_folding_takes_the_mean_of_the_diagonal(axis):
     layer = layer_for(axis)
     before = layer.weight.detach().clone()
     relaxed(layer, axis, complement=False)
-    weight = layer.non_equivariant.weight.detach()
+    weight = layer.non_equivariant.weight.detach().clone()
     blocks = weight.view(5, 3, 4, 3).permute(0, 2, 1, 3) if axis == 1 else weight.view(3, 5, 3, 4).permute(1, 3, 0, 2)
     report = ce.finalize(layer, fold=True, on_violation="drop")
     torch.testing.assert_close(layer.weight - before, blocks.diagonal(dim1=2, dim2=3).mean(-1), rtol=0, atol=1e-14)
