@@ -79,6 +79,10 @@ class NonEquivariantTerm(nn.Module):
         """Return scale * gate."""
         return self.scale if self.gate is None else self.scale * self.gate
 
+    def added_to(self, result: Tensor, rows: Tensor) -> Tensor:
+        """Return result + scale * gate * W rows, for rows (..., in); nothing of it is stored unless it is gated."""
+        return torch.addcmul(result, self.factor(), nn.functional.linear(rows, self.weight))
+
     @torch.no_grad()
     def initialise(self, init: Init, generator: torch.Generator | None) -> None:
         """Fill W; in the complement, drop its equivariant part again."""

@@ -355,6 +355,17 @@ def _vn(kind: str, *arguments: Any) -> Callable[[], nn.Module]:
     return build
 
 
+class Transposing(nn.Module):
+    """A vector linear layer as published: a `nn.Linear` between two transpositions."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.map = nn.Linear(inputs, outputs, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.map(x.transpose(1, -1)).transpose(1, -1)
+
+
 def _is_vn_linear(name: str, layer: nn.Module) -> bool:
     return type(layer).__name__ == "VNLinear"
 
@@ -367,6 +378,10 @@ _VECTOR_NEURONS = (
     Case("vector neurons, channels last", lambda: nn.Linear(4, 3, bias=False), _gaussian((5, 3, 4)),
          lambda: ce.Symmetry(groups.O3(), ce.actions.along(vectors(1), -2), ce.actions.along(vectors(1), -2)),
          where=lambda name, layer: True, adapter=lambda: ce.adapters.vector_neurons(axis=-1), linear=True),
+    Case("vector neurons, between transpositions", lambda: Transposing(4, 3), _gaussian((2, 4, 3, 5, 2)),
+         lambda: ce.Symmetry(groups.O3(), ce.actions.along(vectors(1), 2), ce.actions.along(vectors(1), 2)),
+         where=lambda name, layer: isinstance(layer, nn.Linear),
+         adapter=lambda: ce.adapters.vector_neurons(axis="swapped")),
     Case("vector neurons, network", lambda: nn.Sequential(_vn("VNLinearLeakyReLU", 2, 4)(), _vn("VNInvariant", 4)()),
          _gaussian((3, 2, 3, 7)), lambda: ce.Symmetry(groups.O3(), ce.actions.along(vectors(1), 2), None),
          where=_is_vn_linear, adapter=ce.adapters.vector_neurons, tolerance=1e-11),

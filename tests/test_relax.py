@@ -360,6 +360,9 @@ def test_autocast_leaves_terms_in_place(name):
     [
         "sets, nn.Linear",
         "vectors, own layer",
+        "vector neurons, rank 4",
+        "vector neurons, rank 5",
+        "vector neurons, between transpositions",
         "e3nn linear",
         "e3nn fully connected tensor product",
         pytest.param("SEGNN", marks=pytest.mark.slow),

@@ -110,8 +110,8 @@ def _added(layer: Any, features: Tensor, result: Tensor) -> Tensor:
     term = layer.non_equivariant
     into, out = term.plan.features
     rows = features if into is None else features.flatten(-2)
-    extra = nn.functional.linear(rows, term.matrix())
-    result = result + (extra if out is None else extra.view(*extra.shape[:-1], out, result.shape[-1]))
+    target = result if out is None else result.flatten(-2)
+    result = term.added_to(target, rows).view(result.shape)
     term.observe(rows, result)
     return result
 

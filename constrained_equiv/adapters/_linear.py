@@ -110,8 +110,7 @@ def _methods(base: type[nn.Module]) -> Methods:
                     f"expected {carried.dim} for {carried}; state other representations or axes= in ce.adapters.linear"
                 )
         rows = moved.flatten(-len(axes))
-        extra = nn.functional.linear(rows, term.matrix()).view(target.shape)
-        result = result + extra.movedim(last, axes)
+        result = term.added_to(target.flatten(-len(axes)), rows).view(target.shape).movedim(last, axes)
         term.observe(rows, result)
         return result
 

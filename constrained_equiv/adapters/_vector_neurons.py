@@ -2,29 +2,40 @@
 
 What enters: the axis on which the channels are. What leaves: an `Adapter` for the layers that the user chooses, for
 nothing in a `nn.Linear` tells that its features are vectors.
-Law: the layer and its term are one dense product with kron(weight, I_3) + scale * gate * W, for every rank of input.
+Law: the layer and its term are one dense product with kron(weight, I_3) + scale * gate * W, for every rank of input,
+and nothing is stored for the backward pass but the features and that matrix.
 """
 
 from functools import partial
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from constrained_equiv._terms import CHILD
 from constrained_equiv.adapters._base import Adapter, Methods, Site
-from constrained_equiv.errors import RelaxationError
+from constrained_equiv.errors import RelaxationError, RepresentationError
 from constrained_equiv.intertwiners import intertwiners
 from constrained_equiv.representations import Layout, vectors
 
+Axis: TypeAlias = Literal[1, -1, "swapped"]
 
-def vector_neurons(axis: int = 1) -> Adapter:
+_FEATURES: dict[Axis, str] = {
+    1: "1 for subclasses of nn.Linear called on features (batch, channels, 3, ...)",
+    -1: "-1 for features (..., 3, channels)",
+    "swapped": "'swapped' for nn.Linear called on features.transpose(1, -1)",
+}
+
+
+def vector_neurons(axis: Axis = 1) -> Adapter:
     """Relax linear maps between lists of vectors: `nn.Linear`, or a subclass of it, that acts on the channels alone.
 
     Args:
         axis: of the channels, 1 for features (batch, channels, 3, ...) with any number of trailing axes, whose layers
-            are subclasses of `nn.Linear` that contract this axis; or -1 for plain `nn.Linear` layers called on features
-            (..., 3, channels).
+            are subclasses of `nn.Linear` that contract this axis; -1 for plain `nn.Linear` layers called on features
+            (..., 3, channels); `swapped` for plain `nn.Linear` layers between two transpositions,
+            `linear(features.transpose(1, -1)).transpose(1, -1)` with features (batch, channels, 3, ...), as the
+            published networks have them.
 
     Returns:
         An adapter for `ce.relax(model, where=..., adapter=...)`. It refuses layers that have a bias, for no vector is
@@ -47,25 +58,25 @@ def vector_neurons(axis: int = 1) -> Adapter:
     """
     if axis not in _ADAPTERS:
         raise RelaxationError(
-            f"vector_neurons(axis={axis!r}): expected 1 for features (batch, channels, 3, ...) or -1 for features "
-            "(..., 3, channels); for other layouts use ce.adapters.linear(inputs, outputs, axes=...)"
+            f"vector_neurons(axis={axis!r}): expected {_remedy()}; for other layouts use "
+            "ce.adapters.linear(inputs, outputs, axes=...)"
         )
     return _ADAPTERS[axis]
 
 
-def _site(layer: nn.Module, *, axis: int) -> Site:
+def _site(layer: nn.Module, *, axis: Axis) -> Site:
     if not isinstance(layer, nn.Linear):
         raise RelaxationError(
             f"{type(layer).__name__}: expected nn.Linear or a subclass of it; choose such layers in where="
         )
-    layout: Layout = "mul_ir" if axis == 1 else "ir_mul"
+    layout: Layout = "ir_mul" if axis == -1 else "mul_ir"
     space = intertwiners(vectors(layer.in_features, layout=layout), vectors(layer.out_features, layout=layout))
     if CHILD not in layer._modules:
         _check(layer, axis)
     return Site(space, space.shape, float(space.shape[0]), str(space.inputs), str(space.outputs), layer.weight, axis)
 
 
-def _check(layer: nn.Linear, axis: int) -> None:
+def _check(layer: nn.Linear, axis: Axis) -> None:
     """Ask the layer itself whether it contracts the stated axis and nothing else."""
     if layer.bias is not None:
         raise RelaxationError(
@@ -79,19 +90,23 @@ def _check(layer: nn.Linear, axis: int) -> None:
         with torch.no_grad():
             found = layer(probe)
     except (RuntimeError, ValueError) as error:
-        raise RelaxationError(f"{layer} on features of shape {tuple(probe.shape)}: {_remedy(axis)}") from error
+        raise RelaxationError(f"{layer} on features of shape {tuple(probe.shape)} fails: {_other(axis)}") from error
     if found.shape != expected.shape or not torch.allclose(found, expected, rtol=1e-2, atol=1e-2):
         raise RelaxationError(
             f"{layer} maps features of shape {tuple(probe.shape)} to {tuple(found.shape)} other than by its weight: "
-            f"{_remedy(axis)}"
+            f"{_other(axis)}"
         )
 
 
-def _remedy(axis: int) -> str:
+def _other(axis: Axis) -> str:
     return (
-        f"expected a layer that contracts axis {axis} with its weight; choose other layers in where=, or "
-        f"ce.adapters.vector_neurons(axis={-axis})"
+        f"expected a layer that contracts axis {1 if axis == 1 else -1} with its weight; choose other layers in where= "
+        f"or another axis= of ce.adapters.vector_neurons: {_remedy()}"
     )
+
+
+def _remedy() -> str:
+    return ", ".join(_FEATURES.values())
 
 
 def _methods(base: type[nn.Module]) -> Methods:
@@ -99,26 +114,45 @@ def _methods(base: type[nn.Module]) -> Methods:
         term = self.non_equivariant
         if not term.active:
             return base.forward(self, input)  # type: ignore[no-any-return]
+        features = input.transpose(1, -1) if term.plan == "swapped" else input
+        _check_features(self, features)
         matrix = term.matrix()
         _diagonal(self, matrix).add_(self.weight.unsqueeze(-1))
         if term.plan == -1:
-            rows = input.flatten(-2)
-            result = nn.functional.linear(rows, matrix).view(*input.shape[:-1], self.out_features)
+            rows = features.flatten(-2)
+            result = nn.functional.linear(rows, matrix).view(*features.shape[:-1], self.out_features)
         else:
-            columns = input.flatten(1, 2)
+            columns = features.flatten(1, 2)
             rows = columns.movedim(1, -1)
-            result = _contract(matrix, columns).view(len(input), self.out_features, *input.shape[2:])
+            result = _contract(matrix, columns).view(len(features), self.out_features, *features.shape[2:])
         term.observe(rows, result)
-        return result
+        return result.transpose(1, -1) if term.plan == "swapped" else result
 
     return {"forward": forward}
+
+
+def _check_features(layer: Any, features: Tensor) -> None:
+    axis: Axis = layer.non_equivariant.plan
+    found = features.shape[-2:][::-1] if axis == -1 else features.shape[1:3]
+    if features.ndim < 2 or tuple(found) != (layer.in_features, 3):
+        swapped = " after transpose(1, -1)" if axis == "swapped" else ""
+        raise RepresentationError(
+            f"{type(layer).__name__}: features of shape {tuple(features.shape)}{swapped}: expected {layer.in_features} "
+            f"channels of 3 components; ce.adapters.vector_neurons(axis=) takes {_remedy()}"
+        )
 
 
 def _contract(matrix: Tensor, columns: Tensor) -> Tensor:
     """Multiply features (batch, in, ...) by a matrix (out, in)."""
     if columns.ndim == 2:
         return nn.functional.linear(columns, matrix)
-    product = torch.bmm(matrix.expand(len(columns), -1, -1), columns.flatten(2))
+    flat = columns.flatten(2)
+    if columns.device.type == "cpu" and matrix.numel() > flat[0].numel():
+        # Of a product with an expanded matrix, autograd makes one gradient per element of the batch and then their sum.
+        # A convolution makes the sum alone, but is slow with few channels, and rounds to TF32 on CUDA.
+        product = nn.functional.conv1d(flat, matrix.unsqueeze(-1))
+    else:
+        product = torch.bmm(matrix.expand(len(flat), -1, -1), flat)
     return product.view(len(columns), -1, *columns.shape[2:])
 
 
@@ -136,9 +170,9 @@ def _fold(layer: Any, equivariant: Tensor, inputs: object = None) -> Tensor:
     return equivariant
 
 
-_ADAPTERS = {
+_ADAPTERS: dict[Axis, Adapter] = {
     axis: Adapter(
         "vector neurons", lambda layer: isinstance(layer, nn.Linear), partial(_site, axis=axis), _methods, _fold
     )
-    for axis in (1, -1)
+    for axis in _FEATURES
 }

@@ -49,6 +49,9 @@ def test_the_term_acts_on_channels_and_components_together(axis, trailing):
         assert torch.equal(layer(x), plain)
 
 
+PRODUCTS = {getattr(torch.ops.aten, name) for name in ("bmm", "mm", "addmm", "convolution")}
+
+
 class Products(TorchDispatchMode):
     """Counts matrix products."""
 
@@ -57,7 +60,7 @@ class Products(TorchDispatchMode):
         self.count = 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.count += function.overloadpacket in (torch.ops.aten.bmm, torch.ops.aten.mm, torch.ops.aten.addmm)
+        self.count += function.overloadpacket in PRODUCTS
         return function(*args, **(kwargs or {}))
 
 
@@ -68,6 +71,54 @@ def test_one_product_does_both(axis, trailing):
     with Products() as counter:
         layer(features(axis, trailing))
     assert counter.count == 1
+
+
+@over_ranks
+def test_layers_between_transpositions_are_the_same_map(trailing):
+    layer, x = relaxed(layer_for(1), 1), features(1, trailing)
+    inner = nn.Linear(4, 5, bias=False).double()
+    inner.load_state_dict({"weight": layer.weight.detach()})
+    inner = ce.relax(
+        inner,
+        where=lambda name, m: True,
+        adapter=ce.adapters.vector_neurons(axis="swapped"),
+        init=1.0,
+        generator=torch.Generator().manual_seed(0),
+    )
+    with Products() as counter:
+        found = inner(x.transpose(1, -1)).transpose(1, -1)
+    assert counter.count == 1 and found.is_contiguous()
+    torch.testing.assert_close(found, layer(x), rtol=0, atol=1e-14)
+
+
+class Sizes(TorchDispatchMode):
+    """Finds the largest result of any operation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.largest = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if isinstance(result, Tensor) and result.untyped_storage().nbytes() == result.nbytes:
+            self.largest = max(self.largest, result.numel())
+        return result
+
+
+def test_backward_makes_no_matrix_per_element_of_the_batch():
+    layer, x = relaxed(layer_for(1), 1), features(1, (3,)).repeat(16, 1, 1, 1)
+    output = layer(x)
+    with Sizes() as sizes:
+        output.sum().backward()
+    assert layer.non_equivariant.weight.numel() <= sizes.largest <= output.numel()
+
+
+@pytest.mark.parametrize("axis, shape", [(1, (2, 3, 4)), (1, (2, 5, 3)), (-1, (2, 4, 3)), ("swapped", (2, 4, 3, 7))])
+def test_features_of_another_layout_are_refused(axis, shape):
+    layer = layer_for(1 if axis == 1 else -1)
+    ce.relax(layer, where=lambda name, m: True, adapter=ce.adapters.vector_neurons(axis))
+    with pytest.raises(ce.errors.RepresentationError, match=r"expected 4 channels of 3 components; .*'swapped' for"):
+        layer(torch.zeros(shape, dtype=torch.float64))
 
 
 @over_axes
@@ -92,7 +143,7 @@ def test_folding_takes_the_mean_of_the_diagonal(axis):
     layer = layer_for(axis)
     before = layer.weight.detach().clone()
     relaxed(layer, axis, complement=False)
-    weight = layer.non_equivariant.weight.detach()
+    weight = layer.non_equivariant.weight.detach().clone()
     blocks = weight.view(5, 3, 4, 3).permute(0, 2, 1, 3) if axis == 1 else weight.view(3, 5, 3, 4).permute(1, 3, 0, 2)
     report = ce.finalize(layer, fold=True, on_violation="drop")
     torch.testing.assert_close(layer.weight - before, blocks.diagonal(dim1=2, dim2=3).mean(-1), rtol=0, atol=1e-14)
@@ -129,7 +180,7 @@ def test_layers_that_act_otherwise_are_refused(layer, axis, match):
 
 
 def test_other_axes_are_refused():
-    with pytest.raises(ce.errors.RelaxationError, match=r"vector_neurons\(axis=2\)"):
+    with pytest.raises(ce.errors.RelaxationError, match=r"vector_neurons\(axis=2\).*'swapped' for"):
         ce.adapters.vector_neurons(axis=2)
 
 
