@@ -173,7 +173,7 @@ def _adjoined(tensors: Sequence[Tensor]) -> Tensor | None:
     step = size * first.element_size()
     if tensors[1].data_ptr() != place + step:  # the usual answer no
         return None
-    if list(map(Tensor.data_ptr, tensors)) != list(range(place, place + step * len(tensors), step)):
+    if list(map(Tensor.data_ptr, tensors)) != [place + i * step for i in range(len(tensors))]:
         return None
     if not all(map(Tensor.is_contiguous, tensors)) or any(t.shape != shape for t in tensors):
         return None

@@ -145,6 +145,13 @@ def test_stacks_are_mapped_in_place_wherever_they_lie(count: int, adjoined: bool
     assert all(torch.allclose(a, b) for a, b in zip(tensors, expected, strict=True))
 
 
+def test_empty_tensors_are_scaled_and_added() -> None:
+    """As a process has them that holds no row of a sharded term."""
+    empty = list(torch.zeros(4, 0, 3).unbind())
+    _tensors.add_scaled_(empty, list(torch.zeros(4, 0, 3).unbind()), torch.ones(4))
+    assert torch.equal(_tensors.norms(empty, torch.float32), torch.zeros(4))
+
+
 def test_transposed_neighbours_are_no_stack() -> None:
     """Square matrices that lie side by side but are read by columns must not be taken for a stack."""
     block = torch.randn(3, 4, 4)
