@@ -63,6 +63,9 @@ class Case:
     def __repr__(self) -> str:
         return f"case {self.name!r}"
 
+    def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
+        printer.text(repr(self))  # Hypothesis would print every field
+
     def model(self, dtype: torch.dtype | None = None) -> nn.Module:
         """A fresh copy of the same model at every call, in training mode."""
         model = _prototype(self, dtype or self.dtype)

@@ -38,13 +38,14 @@ def test_law_finalize_undoes_relax(data, case, seed, size, complement, gate):
         keys, classes = list(model.state_dict()), [type(module) for module in model.modules()]
         parameters = [id(parameter) for parameter in model.parameters()]
         expected = outputs(model.eval(), batch)
-        relax(case, model.train(mode), complement=complement, gate=gate)
+        modes = [module.training for module in model.train(mode).modules()]
+        relax(case, model, complement=complement, gate=gate)
         put_terms(model, seed, size)
         ce.finalize(model, on_violation="drop")
         assert list(model.state_dict()) == keys and [type(module) for module in model.modules()] == classes
         assert [id(parameter) for parameter in model.parameters()] == parameters
         assert all(torch.equal(model.state_dict()[key], value) for key, value in before.items())
-        assert all(module.training == mode for module in model.modules())
+        assert [module.training for module in model.modules()] == modes
         assert equal(outputs(model.eval(), batch), expected)
 
 
