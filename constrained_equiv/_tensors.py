@@ -171,7 +171,7 @@ def _adjoined(tensors: Sequence[Tensor]) -> Tensor | None:
         return first.unsqueeze(0)
     size, place, shape = first.numel(), first.data_ptr(), first.shape
     step = size * first.element_size()
-    if tensors[1].data_ptr() != place + step:  # the usual answer no
+    if not step or tensors[1].data_ptr() != place + step:  # empty shards, and the usual answer no
         return None
     if list(map(Tensor.data_ptr, tensors)) != [place + i * step for i in range(len(tensors))]:
         return None
