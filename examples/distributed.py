@@ -43,19 +43,8 @@ def parallel(model: nn.Module, strategy: str, device: torch.device) -> nn.Module
     return fully_shard(model)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--strategy", choices=["ddp", "fsdp"], default="ddp")
-    parser.add_argument("--steps", type=int, default=200)
-    parser.add_argument("--batch", type=int, default=64, help="rows, shared by the processes")
-    options = parser.parse_args()
-    cuda = torch.cuda.is_available()
-    dist.init_process_group("nccl" if cuda else "gloo")
-    rank = dist.get_rank()
-    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else torch.device("cpu")
-    if cuda:
-        torch.cuda.set_device(device)
-
+def train(options: argparse.Namespace, device: torch.device) -> None:
+    rank, processes = dist.get_rank(), dist.get_world_size()
     torch.manual_seed(0)
     model = ce.relax(Network().to(device))  # <- library: relax before the model is made parallel
     trained = parallel(model, options.strategy, device)
@@ -64,7 +53,7 @@ def main() -> None:
     optimizer = ce.ConstrainedOptimizer(base, ce.constraints.weight(model, level=level))  # <- library
 
     torch.manual_seed(1)
-    loss, processes = torch.zeros(()), dist.get_world_size()
+    loss = torch.zeros(())
     for step in range(options.steps):
         x = torch.randn(options.batch, 3)[rank::processes].to(device)
         y = x * x.norm(dim=1, keepdim=True)
@@ -85,7 +74,21 @@ def main() -> None:
     dist.all_reduce(average)
     if rank == 0:
         print(f"final loss {float(average):.4f}, largest term {largest:.1e}, same multipliers: {identical}")
-    dist.destroy_process_group()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--strategy", choices=["ddp", "fsdp"], default="ddp")
+    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--batch", type=int, default=64, help="rows, shared by the processes")
+    options = parser.parse_args()
+    cuda = torch.cuda.is_available()
+    dist.init_process_group("nccl" if cuda else "gloo")
+    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    train(options, device)
+    dist.destroy_process_group()  # after the parallel model, which holds on to the group, is gone
 
 
 if __name__ == "__main__":
