@@ -48,7 +48,7 @@ def ours(
     model: nn.Module,
     *,
     steps: int,
-    start: float = 1.0,
+    start: float = 0.5,
     tail: float = 0.2,
     where: Where | None = None,
     adapter: Adapter | None = None,
@@ -74,7 +74,7 @@ def ours(
         >>> preset = ours(model, steps=100, where=lambda name, m: True, adapter=adapter)
         >>> optimizer = preset.optimizer(torch.optim.Adam(model.parameters()))
         >>> [round(preset.constraints[0].level(step), 2) for step in (0, 40, 80, 100)]
-        [1.0, 0.5, 0.0, 0.0]
+        [0.5, 0.25, 0.0, 0.0]
     """
     if not 0 <= tail < 1:
         raise ConstraintError(f"tail={tail!r}: expected a fraction of the steps in [0, 1)")

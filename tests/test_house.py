@@ -174,7 +174,7 @@ constrained_equiv.constraints.weight(model, *, level, part='whole', per='layer',
 constrained_equiv.constraints.weight_measure(part, per='layer')
 constrained_equiv.presets.Preset(constraints, options=<_HAS_DEFAULT_FACTORY_CLASS>)
 constrained_equiv.presets.gate(model, *, dual_lr=0.001, init=<function>, where=None, adapter=None)
-constrained_equiv.presets.ours(model, *, steps, start=1.0, tail=0.2, where=None, adapter=None)
+constrained_equiv.presets.ours(model, *, steps, start=0.5, tail=0.2, where=None, adapter=None)
 constrained_equiv.presets.ridge(model, *, weight=1.0, where=None, adapter=None)
 constrained_equiv.presets.triangle(model, *, steps, coefficient=0.01, norm='activation', init=<function>, where=None,
     adapter=None)
