@@ -22,8 +22,9 @@ from torch import Tensor, nn
 
 from constrained_equiv import _tensors
 from constrained_equiv._dual import DualFactory, DualName, FormulationName, MultiplierFactory, Multipliers
+from constrained_equiv._stacks import Terms
 from constrained_equiv._terms import NonEquivariantTerm
-from constrained_equiv.constraints import Constraint, Penalty, ScaleSchedule, Terms, norm_shares
+from constrained_equiv.constraints import Constraint, Penalty, ScaleSchedule, norm_shares
 from constrained_equiv.errors import CheckpointError, ConstraintError, NonFiniteError
 from constrained_equiv.intertwiners import Projection
 from constrained_equiv.schedules import Joined, Ramp, Schedule, value_at

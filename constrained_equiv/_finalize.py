@@ -20,6 +20,7 @@ from constrained_equiv import constraints
 from constrained_equiv._certificate import Certificate, certify
 from constrained_equiv._optim import ConstrainedOptimizer
 from constrained_equiv._relax import Relaxation, relaxations, remove
+from constrained_equiv._stacks import Terms
 from constrained_equiv._symmetry import Symmetry
 from constrained_equiv._table import table
 from constrained_equiv._verify import equivariance_error
@@ -265,7 +266,7 @@ def _checks(
                 yield term, check
     bare = [r for r in found if id(r.term) not in covered]
     if bare:
-        terms = constraints.Terms.of([(r.name, r.term) for r in bare])
+        terms = Terms.of([(r.name, r.term) for r in bare])
         measure = constraints.weight_measure("non_equivariant" if fold else "whole")
         for term, name, value in zip(terms.modules, terms.names, measure.values(terms).tolist(), strict=True):
             yield term, _Check(name, value, atol, measure.name)
@@ -274,7 +275,7 @@ def _checks(
 @torch.no_grad()
 def _broken(relaxation: Relaxation, atol: float) -> Iterator[tuple[tuple[str, float], ...]]:
     """Where a term breaks the symmetry: its blocks, then the generators, each with the measure there."""
-    terms = constraints.Terms.of([("", relaxation.term)])
+    terms = Terms.of([("", relaxation.term)])
     for measure in (constraints.weight_measure("non_equivariant", "block"), constraints.lie_measure("generator")):
         entries = terms.entries(measure.part, measure.per)
         values = measure.values(terms).tolist() if entries else []

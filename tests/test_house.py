@@ -24,7 +24,7 @@ PACKAGE = ROOT / "constrained_equiv"
 ORDER = """
     errors _table schedules groups representations intertwiners kernels actions _symmetry
     _verify _lie _trace _inner _findings _audit _certificate
-    _tensors _terms
+    _tensors _terms _stacks
     adapters._base adapters._linear adapters._vector_neurons adapters._e3nn adapters._escnn adapters
     _relax constraints _dual _engine _optim _finalize presets monitor
     testing
@@ -152,13 +152,11 @@ constrained_equiv.adapters.find(layer)
 constrained_equiv.adapters.linear(inputs, outputs, *, axes=(-1,), group=None)
 constrained_equiv.adapters.vector_neurons(axis=1)
 constrained_equiv.constraints.Constraint(measure, terms, level, type='inequality', slack=None)
-constrained_equiv.constraints.Entry(name, terms)
 constrained_equiv.constraints.Measure(name, values, pull, target='weight', part='whole', per='layer', slope=None,
     synchronise=None)
 constrained_equiv.constraints.Penalty(measure, terms, coefficient)
 constrained_equiv.constraints.ScaleSchedule(terms, schedule)
 constrained_equiv.constraints.Slack(cost, price)
-constrained_equiv.constraints.Terms(modules, names, stacks)
 constrained_equiv.constraints.activation(model, *, level, where=None, type='inequality')
 constrained_equiv.constraints.custom(model, function, *, name, level, where=None, type='inequality')
 constrained_equiv.constraints.gate(model, *, level=0.0, where=None, type='equality')
