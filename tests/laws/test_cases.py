@@ -133,7 +133,7 @@ def test_law_equivariant_without_terms_at_every_element(data, drawn):
 
 
 @law
-@given(cases, seeds, seeds, st.sampled_from([0.03, 0.3, 3.0]))
+@given(cases, seeds, seeds, st.sampled_from([1e-3, 0.03, 0.1]))  # larger ones may close every gate: zero is equivariant
 def test_law_the_checker_sees_terms(case, seed, data_seed, size):
     with spare(case) as model:
         relax(case, model)
