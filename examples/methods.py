@@ -104,6 +104,7 @@ METHODS = {
         Method("triangle, published layers", "triangle", init=1e-2, layers="published"),
         Method("gate", "gate", init="linear"),
         Method("gate, published layers", "gate", init="linear", layers="published"),
+        Method("gate, augmented", "gate", init="linear", options={"formulation": "augmented_lagrangian"}),
         Method("ridge", "ridge"),
         Method("ridge, kept", "ridge", ends="keep"),
         # the control for everything below: a second equivariant path and no broken symmetry
@@ -225,8 +226,8 @@ def _relax(method: Method, model: nn.Module, task: Task, end: int, lr: float) ->
         case "gate":
             preset = ce.presets.gate(model, init=init, **chosen)
             # in the published code Adam ascends, about as fast as it descends; the text, and the preset, ascend plainly
-            options = {**preset.options, "dual": lambda m: torch.optim.Adam(m, lr=lr, maximize=True)}
-            return replace(preset, options=options)
+            published = {**preset.options, "dual": lambda m: torch.optim.Adam(m, lr=lr, maximize=True)}
+            return replace(preset, options=dict(method.options) or published)
         case "triangle":
             ce.relax(model, complement=False, init=init, **chosen)
             return ce.presets.Preset(_triangle(method, model, end))
