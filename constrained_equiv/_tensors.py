@@ -10,8 +10,9 @@ them.
 """
 
 import sys
+import weakref
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -163,23 +164,42 @@ def adjoin_(parameters: Sequence[Tensor]) -> None:
 
 
 def _adjoined(tensors: Sequence[Tensor]) -> Tensor | None:
-    """View tensors of one shape as a stack, where they lie one behind the other in one block of memory."""
-    first = tensors[0]
-    if torch.compiler.is_compiling() or not first.is_contiguous():  # a compiler knows no addresses
+    """View tensors of one shape as a stack without history, where they lie one behind the other in one block."""
+    if torch.compiler.is_compiling():  # a compiler knows no addresses
         return None
-    if len(tensors) == 1:
-        return first.unsqueeze(0)
-    size, place, shape = first.numel(), first.data_ptr(), first.shape
+    first, count = tensors[0], len(tensors)
+    if count == 1:
+        return first.unsqueeze(0) if first.is_contiguous() else None
+    key = id(first), count
+    known, places = _found.get(key), list(map(Tensor.data_ptr, tensors))
+    if known is not None and known.places == places and known.first() is first:
+        return known.stack if all(map(Tensor.is_contiguous, tensors)) else None
+    size, shape = first.numel(), first.shape
     step = size * first.element_size()
-    if not step or tensors[1].data_ptr() != place + step:  # empty shards, and the usual answer no
-        return None
-    if list(map(Tensor.data_ptr, tensors)) != [place + i * step for i in range(len(tensors))]:
+    if not step or places != [places[0] + i * step for i in range(count)]:  # empty shards, and the usual answer no
         return None
     if not all(map(Tensor.is_contiguous, tensors)) or any(t.shape != shape for t in tensors):
         return None
     if tensors[-1].untyped_storage().data_ptr() != first.untyped_storage().data_ptr():  # neighbours by chance
         return None
-    return first.as_strided((len(tensors), *first.shape), (size, *first.stride()), first.storage_offset())
+    # detached, for a view would keep its first tensor alive
+    stack = first.detach().as_strided((count, *shape), (size, *first.stride()), first.storage_offset())
+    _found[key] = _Found(weakref.ref(first, lambda _: _found.pop(key, None)), places, stack)
+    return stack
+
+
+class _Found(NamedTuple):
+    """Tensors that lie one behind the other, remembered while the first one lives and none has moved.
+
+    To find them anew in every step takes longer than many a thing that is then done with them.
+    """
+
+    first: weakref.ref[Tensor]
+    places: list[int]
+    stack: Tensor
+
+
+_found: dict[tuple[int, int], _Found] = {}
 
 
 def pieces(tensors: Sequence[Tensor]) -> Iterator[slice]:

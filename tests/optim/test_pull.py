@@ -1,6 +1,7 @@
 """What a step adds to the gradients is the derivative of the measure, for every measure, and finite at W = 0."""
 
 import copy
+import gc
 from typing import Any
 
 import pytest
@@ -161,6 +162,25 @@ def test_transposed_neighbours_are_no_stack() -> None:
     assert _tensors.norms(tensors, torch.float32).tolist() == pytest.approx(expected)
     assert _tensors._adjoined([block[0], block[2]]) is None
     assert _tensors._adjoined([block[1], block[0]]) is None
+
+
+@torch.no_grad()
+def test_a_remembered_stack_is_forgotten_when_its_tensors_move_turn_or_die() -> None:
+    parameters = [nn.Parameter(torch.randn(4, 4)) for _ in range(3)]
+    _tensors.adjoin_(parameters)
+    stack = _tensors._adjoined(parameters)
+    assert stack is not None and _tensors._adjoined(parameters) is stack  # remembered
+    parameters[2].data = parameters[2].data.T  # at the same address
+    assert _tensors._adjoined(parameters) is None
+    parameters[2].data = parameters[2].data.T
+    assert _tensors._adjoined(parameters) is stack
+    parameters[1].data = parameters[1].data.clone()
+    assert _tensors._adjoined(parameters) is None
+    key = id(parameters[0]), 3
+    assert key in _tensors._found
+    del parameters
+    gc.collect()
+    assert key not in _tensors._found
 
 
 def test_terms_that_moved_apart_are_still_projected() -> None:
