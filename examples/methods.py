@@ -50,6 +50,7 @@ class Method:
         options: of `ce.ConstrainedOptimizer`.
         optimizer: what is wrapped.
         rate: factor on the learning rate.
+        term_rate: a further factor on that of the terms.
         anneal: when the rate falls to 1 % along a cosine: all the time, or only after `until`.
         restart: whether the base optimizer forgets its moments when the level reaches zero.
         widen: whether the strict model is made as large as the relaxed one is in training.
@@ -71,6 +72,7 @@ class Method:
     options: Mapping[str, Any] = field(default_factory=dict)
     optimizer: Literal["adam", "block adam", "muon"] = "adam"
     rate: float = 1.0
+    term_rate: float = 1.0
     anneal: Literal["always", "tail"] = "always"
     restart: bool = False
     widen: bool = False
@@ -126,6 +128,7 @@ METHODS = {
         *(Method(f"primal-dual, start {start:g}", start=start) for start in (0.1, 0.25, 1.0, 2.0)),
         *(Method(f"primal-dual, until {until:g}", until=until) for until in (0.2, 0.4, 0.6)),
         *(Method(f"primal-dual, init {init:g}", init=init) for init in (1e-2, 5e-2)),
+        *(Method(f"primal-dual, term rate {rate:g}", term_rate=rate) for rate in (0.3, 0.1, 0.03)),
         *(Method(f"primal-dual, {measure}", measure=measure) for measure in ("relative", "lie")),
         *(Method(f"primal-dual, {layers}", layers=layers) for layers in ("first half", "second half")),
         Method("primal-dual, published layers", layers="published"),
@@ -177,7 +180,7 @@ def prepare(method: Method, model: nn.Module, task: Task, *, steps: int, lr: flo
     rate = method.rate * lr
     preset = _relax(method, model, task, end, rate)
     if ce.relaxations(model):
-        groups = ce.parameter_groups(model, lr=rate)
+        groups = ce.parameter_groups(model, lr=rate, term_lr=method.term_rate * rate)
     else:
         groups = [{"params": list(model.parameters()), "lr": rate}]
     base: torch.optim.Optimizer
