@@ -134,30 +134,33 @@ def kept_table(records: list[Record]) -> str:
     return markdown(["layer", *arms], rows) if arms else ""
 
 
-def tuned(records: list[Record], family: str) -> tuple[str, list[Record]] | None:
-    """Choose a family's learning rate by validation alone.
+def tuned_strict(records: list[Record]) -> tuple[str, list[Record]] | None:
+    """Choose among all runs of the plain network, whatever its optimizer and rate, by validation alone.
 
     Args:
         records: of all runs.
-        family: name of an arm without a factor on the rate.
 
     Returns:
-        The name of the arm whose mean validation metric over the seeds that all its rates have is best, and its runs;
-        None where fewer than two rates were run.
+        The name of the arm whose mean validation metric over the seeds that all of these have is best, and its runs;
+        None where there are fewer than two. A widened network is another network.
     """
-    rates = {name: runs for name, runs in _by_method(records).items() if runs[0]["family"] == family}
-    if len(rates) < 2:
+    plain = {
+        name: runs
+        for name, runs in _by_method(records).items()
+        if runs[0]["arm"]["recipe"] == "strict" and not runs[0]["arm"]["widen"]
+    }
+    if len(plain) < 2:
         return None
-    common = set.intersection(*({r["seed"] for r in runs} for runs in rates.values()))
+    common = set.intersection(*({r["seed"] for r in runs} for runs in plain.values()))
     if not common:
         return None
 
     def validation(name: str) -> float:
-        value = mean(r["val"] for r in rates[name] if r["seed"] in common)
+        value = mean(r["val"] for r in plain[name] if r["seed"] in common)
         return math.inf if math.isnan(value) else value
 
-    best = min(rates, key=validation)
-    return best, rates[best]
+    best = min(plain, key=validation)
+    return best, plain[best]
 
 
 def difference(
@@ -261,9 +264,9 @@ def plot_constraints(history: Path, path: Path) -> None:
 
 
 def _references(records: list[Record]) -> dict[str, list[Record]]:
-    """Strict, and strict at the rate that validation chooses, where several were run."""
+    """Strict, and the best of its kind on validation, where several were run."""
     references = {name: runs for name, runs in _by_method(records).items() if name == "strict"}
-    best = tuned(records, "strict")
+    best = tuned_strict(records)
     if best is not None:
         references[f"tuned strict ({best[0]})"] = best[1]
     return references

@@ -204,18 +204,21 @@ def test_muon_needs_a_matrix() -> None:
 
 def runs(method: str, test: list[float], val: list[float]) -> list[dict[str, Any]]:
     found = methods.find(method)
+    arm = {"recipe": found.recipe, "widen": found.widen}
     return [
-        {"method": method, "family": found.family, "arm": {"rate": found.rate}, "seed": seed, "test": t, "val": v}
+        {"method": method, "arm": arm, "seed": seed, "test": t, "val": v}
         for seed, (t, v) in enumerate(zip(test, val, strict=True))
     ]
 
 
-def test_tuned_rate_is_chosen_by_validation_on_the_seeds_that_all_have() -> None:
+def test_tuned_strict_is_chosen_by_validation_on_the_seeds_that_all_have() -> None:
     plain = runs("strict", [1.0, 1.0], [2.0, 2.0])
     double = runs("strict x2", [5.0, 5.0, 5.0], [1.0, 1.0, 99.0])  # better on validation, worse on the test
-    other = runs("primal-dual", [0.0, 0.0], [0.0, 0.0])
-    assert report.tuned([*plain, *double, *other], "strict") == ("strict x2", double)
-    assert report.tuned([*plain, *other], "strict") is None
+    late = runs("strict, tail annealing", [4.0, 4.0], [1.5, 1.5])
+    other = [*runs("strict, wide", [0.0, 0.0], [0.0, 0.0]), *runs("primal-dual", [0.0, 0.0], [0.0, 0.0])]
+    assert report.tuned_strict([*plain, *double, *late, *other]) == ("strict x2", double)
+    assert report.tuned_strict([*plain, *late, *other]) == ("strict, tail annealing", late)
+    assert report.tuned_strict([*plain, *other]) is None
 
 
 def test_compare_keeps_what_is_finished_and_reports_against_strict_and_tuned_strict(
