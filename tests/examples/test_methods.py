@@ -100,6 +100,8 @@ def test_rate_reaches_every_group_and_anneals_to_a_hundredth(task: Task) -> None
             optimizer.step()
             scheduler.step()
         assert all(group["lr"] == pytest.approx(2e-5) for group in optimizer.param_groups)
+    slow = methods.prepare(METHODS["primal-dual, term rate 0.1"], task.build(1.0), task, steps=10, lr=1e-3)
+    assert {group.get("terms", False): group["lr"] for group in slow.param_groups} == {False: 1e-3, True: 1e-4}
     factor = methods.annealing(METHODS["strict, tail annealing"], 10)
     assert [factor(step) for step in (0, 8)] == [1.0, 1.0]
     assert factor(10) == pytest.approx(0.01)
