@@ -63,8 +63,11 @@ class Settings:
 class Progress:
     """What a run has reached; saved after every epoch.
 
-    Lists have an entry for each epoch, `val` pairs of epoch and value. `gradient` and `term_gradient` are norms of the
-    task's gradient in the epoch's last step; `value`, `level` and `multiplier` are means over the constraints after it.
+    Lists have an entry for each epoch, `val`, `agreement` and `term_agreement` pairs of epoch and value. `gradient` and
+    `term_gradient` are norms of the task's gradient in the epoch's last step, of the model's own parameters and of the
+    terms; `value`, `level` and `multiplier` are means over the constraints after it. The agreement of an epoch's
+    gradients is the mean inner product of two of them over their mean square: 1 where all batches ask for the same, 0
+    where they are noise.
     """
 
     epoch: int = 0
@@ -74,6 +77,8 @@ class Progress:
     val: list[tuple[int, float]] = field(default_factory=list)
     gradient: list[float] = field(default_factory=list)
     term_gradient: list[float] = field(default_factory=list)
+    agreement: list[tuple[int, float]] = field(default_factory=list)
+    term_agreement: list[tuple[int, float]] = field(default_factory=list)
     value: list[float] = field(default_factory=list)
     level: list[float] = field(default_factory=list)
     multiplier: list[float] = field(default_factory=list)
@@ -171,7 +176,17 @@ def run(
     if not kept:
         untouched.load_state_dict(model.state_dict())  # the same class and keys as before, or this raises
         model = untouched
-    curves = ("train", "val", "gradient", "term_gradient", "value", "level", "multiplier")
+    curves = (
+        "train",
+        "val",
+        "gradient",
+        "term_gradient",
+        "agreement",
+        "term_agreement",
+        "value",
+        "level",
+        "multiplier",
+    )
     record = {
         **configuration,
         "val": progress.best,
@@ -236,6 +251,8 @@ def _epoch(
     model.train()
     total, seconds = torch.zeros((), device=settings.device), []
     count = settings.steps_per_epoch(len(task.train[0]))
+    watch = epoch % max(1, settings.epochs // CURVE_POINTS) == 0
+    own, terms = _Agreement(_split(model)[0]), _TermAgreement(model)
     for step, batch in enumerate(batches(task.train, settings, generator), start=1):
         if task.augment is not None and method.augment:
             batch = task.augment(batch, generator)
@@ -243,14 +260,20 @@ def _epoch(
         optimizer.zero_grad()
         loss = task.loss(model, batch)
         loss.backward()
+        if watch:  # before the constraints add theirs
+            own.add()
+            terms.add()
         if step == count:
-            _gradients(model, progress)  # before the constraints add theirs
+            _gradients(model, progress)
         optimizer.step()
         anneal.step()
         seconds.append(_now(settings) - started)
         total += loss.detach() * len(batch[0])
     progress.train.append(float(total) / len(task.train[0]))
     progress.step_seconds.append(median(seconds))
+    if watch:
+        progress.agreement.append((epoch, own.value()))
+        progress.term_agreement.append((epoch, terms.value()))
     if isinstance(optimizer, ce.ConstrainedOptimizer) and optimizer.constraints:
         now = optimizer.readings()
         progress.value.append(float(now.values.abs().mean()))
@@ -259,10 +282,58 @@ def _epoch(
 
 
 def _gradients(model: nn.Module, progress: Progress) -> None:
-    terms = {id(parameter) for relaxation in ce.relaxations(model) for parameter in relaxation.term.parameters()}
-    for curve, chosen in ((progress.gradient, False), (progress.term_gradient, True)):
-        gradients = [p.grad for p in model.parameters() if p.grad is not None and (id(p) in terms) == chosen]
+    for curve, parameters in zip((progress.gradient, progress.term_gradient), _split(model), strict=True):
+        gradients = [p.grad for p in parameters if p.grad is not None]
         curve.append(float(nn.utils.get_total_norm(gradients)) if gradients else 0.0)
+
+
+def _split(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+    """The model's own parameters, and those of the terms."""
+    terms = [parameter for relaxation in ce.relaxations(model) for parameter in relaxation.term.parameters()]
+    theirs = {id(parameter) for parameter in terms}
+    return [parameter for parameter in model.parameters() if id(parameter) not in theirs], terms
+
+
+class _Agreement:
+    """Sums from which the agreement of successive gradients follows without storing them."""
+
+    def __init__(self, parameters: list[nn.Parameter]) -> None:
+        self.parameters = parameters
+        self._sums = [torch.zeros_like(parameter) for parameter in parameters]
+        self._squares, self._count = 0.0, 0
+
+    def gradients(self) -> list[Tensor | None]:
+        return [parameter.grad for parameter in self.parameters]
+
+    def add(self) -> None:
+        """Take up the gradients as they are now."""
+        for gradient, total in zip(self.gradients(), self._sums, strict=True):
+            if gradient is not None:
+                total += gradient
+                self._squares += float(gradient.square().sum())
+        self._count += 1
+
+    def value(self) -> float:
+        """Return the mean inner product of two gradients over their mean square; 0 where there is none."""
+        pairs = self._count - 1
+        if pairs < 1 or not self._squares:
+            return 0.0
+        square_of_sum = sum(float(total.square().sum()) for total in self._sums)
+        return (square_of_sum - self._squares) / (pairs * self._squares)
+
+
+class _TermAgreement(_Agreement):
+    """The same for what the optimizer lets through of the terms' gradients."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._terms = [relaxation.term for relaxation in ce.relaxations(model)]
+        super().__init__([term.weight for term in self._terms])
+
+    def gradients(self) -> list[Tensor | None]:
+        return [
+            term.projection.complement(gradient) if term.complement and gradient is not None else gradient
+            for term, gradient in zip(self._terms, super().gradients(), strict=True)
+        ]
 
 
 def _now(settings: Settings) -> float:

@@ -52,6 +52,7 @@ class Method:
         rate: factor on the learning rate.
         term_rate: a further factor on that of the terms.
         anneal: when the rate falls to 1 % along a cosine: all the time, or only after `until`.
+        noise: whether the terms see random numbers in place of their gradients: asymmetry that learns nothing.
         restart: whether the base optimizer forgets its moments when the level reaches zero.
         widen: whether the strict model is made as large as the relaxed one is in training.
         augment: whether batches are turned by random elements of the group.
@@ -74,6 +75,7 @@ class Method:
     rate: float = 1.0
     term_rate: float = 1.0
     anneal: Literal["always", "tail"] = "always"
+    noise: bool = False
     restart: bool = False
     widen: bool = False
     augment: bool = True
@@ -114,6 +116,8 @@ METHODS = {
         # ours
         Method("primal-dual"),
         Method("projection", options={"enforce": "projection"}),
+        # the control for that: terms of the same size, moved about at random
+        Method("projection, noise", options={"enforce": "projection"}, noise=True),
         Method("proximal", options={"enforce": "proximal"}),
         Method("folded", complement=False, ends="fold"),
         Method("folded, projection", complement=False, ends="fold", options={"enforce": "projection"}),
@@ -193,6 +197,15 @@ def prepare(method: Method, model: nn.Module, task: Task, *, steps: int, lr: flo
     if preset is None:
         return base
     optimizer = preset.optimizer(base)
+    if method.noise:
+        terms = [relaxation.term.weight for relaxation in ce.relaxations(model)]
+
+        def scatter(*_: Any) -> None:
+            for weight in terms:
+                if weight.grad is not None:
+                    weight.grad.normal_()
+
+        optimizer.register_step_pre_hook(scatter)
     if method.restart:
 
         def forget(*_: Any) -> None:

@@ -115,6 +115,34 @@ def test_wide_model_has_the_parameters_of_the_relaxed_one(task: Task) -> None:
     assert count[0] == pytest.approx(count[1], rel=0.1)
 
 
+def test_agreement_of_gradients() -> None:
+    parameter = nn.Parameter(torch.zeros(3))
+    for gradients, expected in (
+        ([[1.0, 2, 3]] * 4, 1.0),
+        ([[1.0, 0, 0], [0.0, 1, 0], [0.0, 0, 1]], 0.0),
+        ([[1.0, 0, 0], [-1.0, 0, 0]], -1.0),
+        ([[1.0, 0, 0]], 0.0),
+    ):
+        agreement = harness._Agreement([parameter])
+        for gradient in gradients:
+            parameter.grad = torch.tensor(gradient)
+            agreement.add()
+        assert agreement.value() == pytest.approx(expected)
+
+
+def test_noise_moves_terms_within_their_level_whatever_the_data(task: Task) -> None:
+    model = task.build(1.0)
+    optimizer = methods.prepare(METHODS["projection, noise"], model, task, steps=20, lr=1e-2)
+    assert isinstance(optimizer, ce.ConstrainedOptimizer)
+    for _ in range(5):
+        optimizer.zero_grad()
+        (0.0 * task.loss(model, task.train)).backward()
+        optimizer.step()
+    sizes = [harness._size(relaxation) for relaxation in ce.relaxations(model)]
+    level = float(optimizer.readings().levels[0])
+    assert all(0.01 < size <= level * (1 + 1e-6) for size in sizes)
+
+
 def test_restart_forgets_the_moments_once_when_the_level_reaches_zero(task: Task) -> None:
     model = task.build(1.0)
     optimizer = methods.prepare(METHODS["primal-dual, restart"], model, task, steps=20, lr=1e-3)
@@ -239,6 +267,8 @@ def test_compare_keeps_what_is_finished_and_reports_against_strict_and_tuned_str
     for curve in ("train", "gradient", "term_gradient", "value", "level", "multiplier"):
         assert len(record["curves"][curve]) == 6
     assert record["curves"]["level"][-1] == 0.0 < record["curves"]["level"][0]
+    for curve in ("agreement", "term_agreement"):
+        assert all(-1 <= value <= 1 for _, value in record["curves"][curve]) and record["curves"][curve]
 
     def again(*_: Any, **__: Any) -> None:
         raise AssertionError("trained again")
