@@ -51,6 +51,7 @@ class Method:
         optimizer: what is wrapped.
         rate: factor on the learning rate.
         term_rate: a further factor on that of the terms.
+        decay: decoupled weight decay of the model's own parameters, with `adam`.
         anneal: when the rate falls to 1 % along a cosine: all the time, or only after `until`.
         noise: whether the terms see random numbers in place of their gradients: asymmetry that learns nothing.
         restart: whether the base optimizer forgets its moments when the level reaches zero.
@@ -74,6 +75,7 @@ class Method:
     optimizer: Literal["adam", "block adam", "muon"] = "adam"
     rate: float = 1.0
     term_rate: float = 1.0
+    decay: float = 0.0
     anneal: Literal["always", "tail"] = "always"
     noise: bool = False
     restart: bool = False
@@ -100,6 +102,7 @@ METHODS = {
         Method("strict, muon", "strict", optimizer="muon"),
         Method("strict, wide", "strict", widen=True),
         Method("strict, tail annealing", "strict", anneal="tail"),
+        *(Method(f"strict, decay {decay:g}", "strict", decay=decay) for decay in (0.1, 1.0)),
         # the same network without the constraint: never equivariant again
         Method("unconstrained", "free", ends="keep"),
         # published
@@ -193,7 +196,7 @@ def prepare(method: Method, model: nn.Module, task: Task, *, steps: int, lr: flo
     elif method.optimizer == "muon":
         base = optimizers.muon(model, groups)
     else:
-        base = torch.optim.Adam(groups)
+        base = torch.optim.AdamW(groups, weight_decay=method.decay)  # Adam where that is 0, as it is for terms
     if preset is None:
         return base
     optimizer = preset.optimizer(base)
