@@ -457,7 +457,7 @@ def test_parameter_groups_split_without_loss(case):
     assert len(own["params"]) + len(terms["params"]) == len(list(relaxed.parameters()))
     assert not {id(p) for p in own["params"]} & {id(p) for p in terms["params"]}
     assert (own["lr"], terms["lr"], terms["weight_decay"]) == (1e-2, 1e-3, 0.0)
-    assert ce.parameter_groups(relaxed, lr=1e-2)[1]["lr"] == 1e-2
+    assert ce.parameter_groups(relaxed, lr=1e-2)[1]["lr"] == 1e-3
 
 
 def test_weight_decay_spares_the_terms():

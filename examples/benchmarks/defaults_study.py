@@ -20,20 +20,23 @@ import constrained_equiv as ce
 from constrained_equiv.monitor import Monitor
 
 POINTS, CHANNELS, SAMPLES = 6, 8, 256
+RATE = 0.01
 
 
 @dataclass(frozen=True)
 class Setting:
-    """One row: the schedule's shape and the optimizer's options."""
+    """One row: the schedule's shape, the optimizer's options, and the rate of the terms where it is not the default."""
 
     name: str
     schedule: str = "cosine"
     options: dict[str, Any] = field(default_factory=dict)
+    term_lr: float | None = None
 
 
 SETTINGS = [
     Setting("strict (no terms)", "none"),
     Setting("default"),
+    Setting("terms at the model's rate", term_lr=RATE),
     *(Setting(f"penalty {c}", options={"penalty": c}) for c in (0.1, 10.0, 100.0)),
     *(Setting(f"dual_lr {r}", options={"dual_lr": r}) for r in (0.1, 10.0)),
     Setting("simultaneous", options={"order": "simultaneous"}),
@@ -95,10 +98,10 @@ def train(setting: Setting, asymmetry: float, seed: int, steps: int) -> tuple[fl
     optimizer: torch.optim.Optimizer
     monitor = None
     if setting.schedule == "none":
-        optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+        optimizer = torch.optim.Adam(model.parameters(), lr=RATE)
     else:
         constraint = ce.constraints.weight(relax(model), level=level(setting.schedule, steps))
-        base = torch.optim.Adam(ce.parameter_groups(model, lr=0.01))
+        base = torch.optim.Adam(ce.parameter_groups(model, lr=RATE, term_lr=setting.term_lr))
         optimizer = ce.ConstrainedOptimizer(base, constraint, **setting.options)
         monitor = Monitor(optimizer)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
