@@ -139,6 +139,7 @@ METHODS = {
         *(Method(f"primal-dual, {measure}", measure=measure) for measure in ("relative", "lie")),
         *(Method(f"primal-dual, {layers}", layers=layers) for layers in ("first half", "second half")),
         Method("primal-dual, published layers", layers="published"),
+        Method("primal-dual, decay 0.1", decay=0.1),
         Method("primal-dual, restart", restart=True),
         Method("primal-dual, tail annealing", anneal="tail"),
         Method("primal-dual, block adam", optimizer="block adam"),
