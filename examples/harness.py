@@ -30,7 +30,7 @@ from examples.methods import LEVEL_ENDS, Method
 from examples.task import Batch, Task
 
 EVALUATION_BATCH = 100  # samples, or the batch of training where that is larger
-CURVE_POINTS = 12  # of the validation curve before the selection window, inside which every epoch is evaluated
+CURVE_POINTS = 12  # of curves before the selection window, inside which validation is evaluated at every epoch
 
 
 @dataclass(frozen=True)
@@ -57,6 +57,11 @@ class Settings:
     def selection_starts(self) -> int:
         """First epoch that may be selected, for every arm: the second one without terms, or the last one."""
         return min(int(LEVEL_ENDS * self.epochs) + 1, self.epochs - 1)
+
+    @property
+    def spacing(self) -> int:
+        """Epochs between the points of curves that are not drawn at every epoch."""
+        return max(1, self.epochs // CURVE_POINTS)
 
 
 @dataclass
@@ -138,12 +143,12 @@ def run(
     if resume and checkpoint.exists():
         progress, best_state = _load(checkpoint, configuration, model, optimizer, anneal, monitor)
 
-    window, spacing = settings.selection_starts, max(1, settings.epochs // CURVE_POINTS)
+    window = settings.selection_starts
     bar = tqdm(range(progress.epoch, settings.epochs), stem, settings.epochs, initial=progress.epoch, disable=None)
     for epoch in bar:
         started, spent = time.perf_counter(), time.process_time()
         _epoch(task, method, model, optimizer, anneal, seed, epoch, settings, progress)
-        if epoch >= window or epoch % spacing == 0:
+        if epoch >= window or epoch % settings.spacing == 0:
             with ce.disabled(model) if method.ends == "drop" else nullcontext():
                 progress.val.append((epoch, evaluate(task, model, settings)))
         if epoch % max(1, settings.epochs // 10) == 0 and ce.relaxations(model):
@@ -251,8 +256,7 @@ def _epoch(
     model.train()
     total, seconds = torch.zeros((), device=settings.device), []
     count = settings.steps_per_epoch(len(task.train[0]))
-    watch = epoch % max(1, settings.epochs // CURVE_POINTS) == 0
-    own, terms = _Agreement(_split(model)[0]), _TermAgreement(model)
+    watched = [_Agreement(_split(model)[0]), _TermAgreement(model)] if epoch % settings.spacing == 0 else []
     for step, batch in enumerate(batches(task.train, settings, generator), start=1):
         if task.augment is not None and method.augment:
             batch = task.augment(batch, generator)
@@ -260,9 +264,8 @@ def _epoch(
         optimizer.zero_grad()
         loss = task.loss(model, batch)
         loss.backward()
-        if watch:  # before the constraints add theirs
-            own.add()
-            terms.add()
+        for agreement in watched:  # before the constraints add theirs
+            agreement.add()
         if step == count:
             _gradients(model, progress)
         optimizer.step()
@@ -271,9 +274,8 @@ def _epoch(
         total += loss.detach() * len(batch[0])
     progress.train.append(float(total) / len(task.train[0]))
     progress.step_seconds.append(median(seconds))
-    if watch:
-        progress.agreement.append((epoch, own.value()))
-        progress.term_agreement.append((epoch, terms.value()))
+    for curve, agreement in zip((progress.agreement, progress.term_agreement), watched, strict=False):
+        curve.append((epoch, agreement.value()))
     if isinstance(optimizer, ce.ConstrainedOptimizer) and optimizer.constraints:
         now = optimizer.readings()
         progress.value.append(float(now.values.abs().mean()))

@@ -1,6 +1,6 @@
 """The main job: a steerable E(3) network learns charged five-body dynamics, strictly and through relaxation.
 
-    python -m examples.nbody                      # about ten minutes on two CPU cores, simulated data
+    python -m examples.nbody                      # about five minutes on two CPU cores, simulated data
     python -m examples.nbody --data PATH/nbody5_charged.npz
     python -m examples.nbody --resume             # after Ctrl-C: goes on from the last finished epoch
 
