@@ -3,7 +3,7 @@
 What enters: lists of tensors, plain or sharded over processes. What leaves: the same, updated in place, or one stacked
 tensor. Called by constraints and the optimizer.
 Law: the number of dispatched operations does not depend on the length of the lists (stacks are worked through in pieces
-of two megabytes, so that they stay in the processor's cache), and nothing is read by the host.
+of four megabytes, so that they stay in the processor's cache), and nothing is read by the host.
 
 torch's multi-tensor functions are private by name until its public `torch.foreach`; this is the one place that calls
 them.
@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-_PIECE = {"cpu": 2 << 20}  # bytes; beyond the cache a stacked pass costs several times as much
+_PIECE = {"cpu": 4 << 20}  # bytes; beyond the cache a stacked pass costs several times as much
 _PIECE_ELSEWHERE = 256 << 20
 
 

@@ -150,7 +150,11 @@ class Intertwiners:
             if place.dim == 1:
                 diagonals.zero_()
             else:
-                diagonals.sub_(diagonals.sum(-1, keepdim=True), alpha=1.0 / place.dim)
+                first, second, *rest = diagonals.unbind(-1)
+                total = first + second  # a reduction over so short and so strided an axis takes twice as long
+                for entry in rest:
+                    total += entry
+                diagonals.sub_(total.unsqueeze_(-1), alpha=1.0 / place.dim)
         for (rows, columns), b, a in others:
             block = _copies(maps[..., rows, columns], b, a)
             local = _local_basis(self.inputs.group, b.atom, a.atom, maps.dtype, maps.device)

@@ -2,10 +2,12 @@
 
     python -m examples.benchmarks.optimizer_overhead [--counts 10 100 1000] [--steps 30] [--device cpu] [--irreps ...]
 
-Networks of N relaxed e3nn layers, and the SEGNN of published size; gradients are fixed, so that only optimizers are
-timed. Every variant owns a copy of the network. Variants take turns, and medians are compared: of processor time on a
-CPU, where steps this short would otherwise measure who else is waiting for it. Of the SEGNN, what our step costs beyond
-Adam's is also compared with a whole training step on the published batch of 100.
+First real networks: the SEGNN of published width, deepened until it has N update products, all of them relaxed, beside
+its messages, which are not. Then the hardest case, networks of N relaxed linear layers and nothing else. Gradients are
+fixed, so that only optimizers are timed. Every variant owns its network. Variants take turns, and medians are compared:
+of processor time on a CPU, where steps this short would otherwise measure who else is waiting for it. Of the SEGNN of
+published size, what our step costs beyond Adam's is also compared with a whole training step on the published batch of
+100.
 
 Stock Cooper owns forward and backward, so its `roll` is timed on a loss of one product per parameter, and compared with
 a plain step with that same loss.
@@ -15,24 +17,29 @@ import argparse
 import copy
 import time
 from collections.abc import Callable
-from typing import Any
+from functools import partial
+from typing import Any, TypeAlias
 
 import cooper
+import e3nn
 import torch
 from e3nn import o3
 from torch import Tensor, nn
 
 import constrained_equiv as ce
 from examples.benchmarks import step_overhead
-from examples.benchmarks.step_overhead import segnn, training_step
+from examples.benchmarks.step_overhead import is_update, segnn, training_step
+from examples.models.segnn import SEGNN
 
-Step = Callable[[], object]
+Step: TypeAlias = Callable[[], object]
+Build: TypeAlias = Callable[[bool], nn.Module]
+"""Makes a relaxed network; the argument is relax's `complement`."""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--counts", type=int, nargs="+", default=[10, 100, 1_000])
-    parser.add_argument("--irreps", nargs="+", default=["16x0e + 16x1o", "32x0e + 32x1o"])
+    parser.add_argument("--irreps", nargs="+", default=["16x0e + 16x1o", "32x0e + 32x1o"], help="of linear layers")
     parser.add_argument("--steps", type=int, default=30, help="timed steps of each variant")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--device", default="cpu")
@@ -41,37 +48,49 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     device = torch.device(options.device)
+    print(f"{device}, {options.threads} thread(s); ratios to plain Adam (ms)")
+    kinds: dict[str, Callable[..., nn.Module]] = {}
+    if not options.without_segnn:
+        kinds["SEGNN of N update products"] = deep_segnn
     for irreps in options.irreps:
         dim = o3.Irreps(irreps).dim
-        print(f"\n{irreps}: terms of {dim} x {dim}, {device}, {options.threads} thread(s); ratios to plain Adam (ms)")
+        kinds[f"N linear layers, {irreps}: terms of {dim} x {dim}"] = partial(linear_layers, irreps)
+    for title, kind in kinds.items():
+        print(f"\n{title}")
         for count in options.counts:
             steps = max(options.steps * 100 // max(count, 100), 5)
-            report(count, irreps, device, steps, not options.without_cooper)
+            build = partial(kind, count, device)
+            report(count, build, device, steps)
+            if kind is not deep_segnn and not options.without_cooper:
+                report_cooper(build, device, max(steps // 3, 3))
     if not options.without_segnn:
         report_segnn(device, options.steps)
 
 
-def report(count: int, irreps: str, device: torch.device, steps: int, stock: bool) -> None:
+def report(count: int, build: Build, device: torch.device, steps: int) -> None:
     """Print the ratios of one size."""
-    free, complement = network(count, irreps, False, device), network(count, irreps, True, device)
     own = type("Own", (cooper.formulations.AugmentedLagrangian,), {})  # has no closed form here
     runs = {
-        "Adam": plain(complement),
-        "ours, free": constrained(free),
-        "ours, complement": constrained(complement),
-        "ours through Cooper, free": constrained(free, formulation=own),
+        "Adam": plain(build(True)),
+        "ours, free": constrained(build(False)),
+        "ours, complement": constrained(build(True)),
+        "ours through Cooper, free": constrained(build(False), formulation=own),
     }
     times = interleaved(runs, steps, device)
     cells = [f"{name} {times[name] / times['Adam']:.2f}" for name in list(runs)[1:]]
     print(f"N = {count:<5} Adam {1e3 * times['Adam']:.2f} ms | " + " | ".join(cells), flush=True)
-    if stock:
-        rolls = {"loss": unconstrained(free), "vector": rolled(free, True), "objects": rolled(free, False)}
-        times = interleaved(rolls, max(steps // 3, 3), device)
-        cells = [
-            f"stock Cooper, {label} {times[name] / times['loss']:.2f}"
-            for name, label in (("vector", "1 constraint of N"), ("objects", "N constraints"))
-        ]
-        print(f"{'':>9} loss + Adam {1e3 * times['loss']:.2f} ms | " + " | ".join(cells), flush=True)
+
+
+def report_cooper(build: Build, device: torch.device, steps: int) -> None:
+    """Print what stock Cooper costs on the same parameters."""
+    model = build(False)
+    rolls = {"loss": unconstrained(model), "vector": rolled(model, True), "objects": rolled(model, False)}
+    times = interleaved(rolls, steps, device)
+    cells = [
+        f"stock Cooper, {label} {times[name] / times['loss']:.2f}"
+        for name, label in (("vector", "1 constraint of N"), ("objects", "N constraints"))
+    ]
+    print(f"{'':>9} loss + Adam {1e3 * times['loss']:.2f} ms | " + " | ".join(cells), flush=True)
 
 
 def report_segnn(device: torch.device, steps: int) -> None:
@@ -79,14 +98,15 @@ def report_segnn(device: torch.device, steps: int) -> None:
     plain_network, inputs, choices = segnn()
     inputs = [tensor.to(device) for tensor in inputs]
     for title, (where, adapter) in choices.items():
-        free, complement = (
+        free, *complement = (
             ce.relax(copy.deepcopy(plain_network), where=where, adapter=adapter, complement=form).to(device)
-            for form in (False, True)
+            for form in (False, True, True, True)
         )
-        runs = {"Adam": plain(complement), "free": constrained(free), "complement": constrained(complement)}
+        runs = {"Adam": plain(complement[0]), "free": constrained(free), "complement": constrained(complement[1])}
         optimizers = interleaved(runs, 10 * steps, device)
-        whole = interleaved({"training step": training_step(complement, inputs)}, steps, device)["training step"]
-        terms, tensors = len(ce.relaxations(complement)), len(list(complement.parameters()))
+        step = training_step(complement[2], inputs)
+        whole = interleaved({"training step": step}, steps, device)["training step"]
+        terms, tensors = len(ce.relaxations(free)), len(list(free.parameters()))
         print(
             f"\nSEGNN, {title}: {terms} terms, {tensors} parameter tensors; "
             f"Adam {1e3 * optimizers['Adam']:.2f} ms, training step {1e3 * whole:.0f} ms"
@@ -102,27 +122,36 @@ def interleaved(runs: dict[str, Step], steps: int, device: torch.device) -> dict
     return step_overhead.interleaved(runs, steps, device, clock)
 
 
-def network(count: int, irreps: str, complement: bool, device: torch.device) -> nn.Module:
-    """N relaxed layers with terms and gradients of realistic size."""
+def deep_segnn(count: int, device: torch.device, complement: bool) -> nn.Module:
+    """A SEGNN of published width with N update products, which are relaxed."""
     torch.manual_seed(0)
-    model = ce.relax(nn.ModuleList(o3.Linear(irreps, irreps) for _ in range(count)), complement=complement, init=0.01)
-    return model.to(device)
+    defaults = e3nn.get_optimization_defaults()
+    e3nn.set_optimization_defaults(jit_script_fx=False)  # nothing here is called, and compiling takes minutes
+    model = SEGNN(layers=count // 2)
+    e3nn.set_optimization_defaults(**defaults)
+    return ce.relax(model, where=is_update, complement=complement, init=0.01).to(device)
 
 
-def with_gradients(model: nn.Module) -> nn.Module:
-    model = copy.deepcopy(model)
-    for parameter in model.parameters():
+def linear_layers(irreps: str, count: int, device: torch.device, complement: bool) -> nn.Module:
+    """N relaxed layers."""
+    torch.manual_seed(0)
+    layers = nn.ModuleList(o3.Linear(irreps, irreps) for _ in range(count))
+    return ce.relax(layers, complement=complement, init=0.01).to(device)
+
+
+def with_gradients(parameters: list[nn.Parameter]) -> list[nn.Parameter]:
+    """Give parameters gradients of realistic size."""
+    for parameter in parameters:
         parameter.grad = 0.01 * torch.randn_like(parameter)
-    return model
+    return parameters
 
 
 def plain(model: nn.Module) -> Step:
-    return torch.optim.Adam(with_gradients(model).parameters(), lr=1e-4).step
+    return torch.optim.Adam(with_gradients(list(model.parameters())), lr=1e-4).step
 
 
 def constrained(model: nn.Module, **options: Any) -> Step:
-    model = with_gradients(model)
-    base = torch.optim.Adam(model.parameters(), lr=1e-4)
+    base = torch.optim.Adam(with_gradients(list(model.parameters())), lr=1e-4)
     return ce.ConstrainedOptimizer(base, ce.constraints.weight(model, level=0.1), **options).step
 
 

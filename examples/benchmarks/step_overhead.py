@@ -59,8 +59,12 @@ def segnn() -> Network:
 
     charges = torch.randn(100, 5).sign()
     inputs = [torch.randn(100, 5, 3), torch.randn(100, 5, 3), charges]
-    updates = (lambda name, layer: name.endswith((".update.0", ".update.1")), None)
-    return SEGNN(), inputs, {"8 updates": updates, "all": (None, None)}
+    return SEGNN(), inputs, {"8 updates": (is_update, None), "all": (None, None)}
+
+
+def is_update(name: str, layer: nn.Module) -> bool:
+    """Whether a layer is one of the SEGNN's update products."""
+    return name.endswith((".update.0", ".update.1"))
 
 
 def steerable_cnn(rotations: int, reflections: bool) -> Network:
