@@ -1,7 +1,7 @@
 """Multi-tensor arithmetic: one call for a whole list of tensors, whatever its length.
 
 What enters: lists of tensors, plain or sharded over processes. What leaves: the same, updated in place, or one stacked
-tensor. Called by constraints and the optimizer.
+tensor. Called by kernels, constraints and the optimizer.
 Law: the number of dispatched operations does not depend on the length of the lists (stacks are worked through in pieces
 of four megabytes, so that they stay in the processor's cache), and nothing is read by the host.
 
@@ -202,9 +202,9 @@ class _Found(NamedTuple):
 _found: dict[tuple[int, int], _Found] = {}
 
 
-def pieces(tensors: Sequence[Tensor]) -> Iterator[slice]:
-    """Cut a list of tensors of one shape into ranges that are worked through at once."""
-    size = tensors[0].numel() * tensors[0].element_size()
+def pieces(tensors: Sequence[Tensor], *, copies: int = 1) -> Iterator[slice]:
+    """Cut a list of tensors of one shape into ranges that are worked through at once, with so many copies of each."""
+    size = copies * tensors[0].numel() * tensors[0].element_size()
     count = max(_PIECE.get(tensors[0].device.type, _PIECE_ELSEWHERE) // max(size, 1), 1)
     return (slice(start, start + count) for start in range(0, len(tensors), count))
 

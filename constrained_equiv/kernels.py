@@ -24,6 +24,7 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
+from constrained_equiv import _tensors
 from constrained_equiv.errors import ConstraintError, RepresentationError
 from constrained_equiv.intertwiners import MapBlock
 
@@ -215,8 +216,10 @@ class Kernels:
                 continue
             rows, columns = _places(self.outputs, b, self.inputs, a, maps.device)
             block = channels[:, rows, columns]  # a view where the fields are neighbours, else a copy
-            copies = _copies(block, b, a)
-            copies.sub_(local.project(copies.reshape(-1, prod(local.dims))).view(copies.shape))
+            everything = _copies(block, b, a)
+            for piece in _tensors.pieces(everything.unbind(1), copies=4):  # P makes three on the way
+                copies = everything[:, piece]
+                copies.sub_(local.project(copies.reshape(-1, prod(local.dims))).view(copies.shape))
             if not isinstance(rows, slice):
                 channels[:, rows, columns] = block
         return maps
