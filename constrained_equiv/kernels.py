@@ -61,8 +61,9 @@ class LocalKernels:
         if local.orbits:
             means = [blocks.index_select(1, o.flatten()).view(-1, *o.shape).mean(1) for o in local.orbits]
             blocks = torch.cat(means, 1) if len(means) > 1 else means[0]
-        if local.analysis is not None and local.synthesis is not None:
-            blocks = blocks @ local.analysis @ local.synthesis
+        if local.parts:
+            kept = [blocks[:, part] @ analysis @ synthesis for part, analysis, synthesis in local.parts]
+            blocks = torch.cat(kept, 1) if len(kept) > 1 else kept[0]
         return blocks.index_select(1, local.labels) if local.orbits else blocks
 
 
@@ -298,32 +299,70 @@ def _copies(block: Tensor, b: Field, a: Field) -> Tensor:
 
 
 class _Prepared(NamedTuple):
-    """What P needs, in one dtype on one device: from means over orbits to coefficients, back, and to the entries.
+    """What P needs, in one dtype on one device.
 
-    Orbits are (size, orbits) here, for a sum over neighbours in memory is slow.
+    Attributes:
+        orbits: (size, orbits) here, for a sum over neighbours in memory is slow.
+        labels: the orbit of every entry.
+        parts: ranges of orbits (or of entries, where there are none) that P does not couple; for each, from means over
+            orbits to coefficients, and back.
+        generators: as in `LocalKernels`.
     """
 
     orbits: tuple[Tensor, ...]
     labels: Tensor
-    analysis: Tensor | None
-    synthesis: Tensor | None
+    parts: tuple[tuple[slice, Tensor, Tensor], ...]
     generators: tuple[tuple[Tensor, Tensor, Tensor], ...]
 
 
 @lru_cache(maxsize=1024)
 def _prepared(local: LocalKernels, dtype: torch.dtype, device: torch.device) -> _Prepared:
-    analysis = synthesis = None
+    orbits, parts, start = local.orbits, [], 0
     if local.basis is not None:
-        weight = _sizes(local.orbits).sqrt() if local.orbits else local.basis.new_ones(())
-        analysis = (local.basis * weight).T.to(device, dtype).contiguous()
-        synthesis = (local.basis / weight).to(device, dtype)
+        bases = [local.basis]
+        if len(orbits) == 1:  # of one size, so that they may be put in any order
+            order, bases = _uncoupled(local.basis, torch.finfo(dtype).eps)
+            orbits = (orbits[0][order],)
+        weights = _sizes(orbits).sqrt() if orbits else torch.ones(local.basis.shape[1], dtype=torch.float64)
+        for basis in bases:
+            part = slice(start, start := start + basis.shape[1])
+            weight = weights[part]
+            parts.append((part, (basis * weight).T.to(device, dtype).contiguous(), (basis / weight).to(device, dtype)))
     return _Prepared(
-        tuple(entries.T.contiguous().to(device) for entries in local.orbits),
-        _labels(local.orbits).to(device),
-        analysis,
-        synthesis,
+        tuple(entries.T.contiguous().to(device) for entries in orbits),
+        _labels(orbits).to(device),
+        tuple(parts),
         tuple((g.to(device, dtype), h.to(device, dtype), move.to(device)) for g, h, move in local.generators or ()),
     )
+
+
+def _uncoupled(basis: Tensor, rounding: float) -> tuple[Tensor, list[Tensor]]:
+    """Split the space that a basis (rank, n) spans into at most eight parts that share no coordinate.
+
+    Args:
+        basis: orthonormal.
+        rounding: relative; entries of the projection that are ten times smaller couple nothing.
+
+    Returns:
+        An order of the coordinates, and orthonormal bases of the parts, each over the next coordinates in that order.
+    """
+    projection = basis.T @ basis
+    coupled, labels = projection.abs() > rounding / 10, torch.arange(len(projection))
+    while True:
+        smallest = torch.where(coupled, labels, len(labels)).amin(1).minimum(labels)
+        if torch.equal(smallest, labels):
+            break
+        labels = smallest
+    groups: list[list[int]] = [[]]
+    for label in torch.unique(labels):
+        if len(groups[-1]) >= len(labels) / 8:  # many small products cost more than a few larger ones
+            groups.append([])
+        groups[-1] += torch.nonzero(labels == label).flatten().tolist()
+    bases = []
+    for group in groups:
+        values, vectors = torch.linalg.eigh(projection[group][:, group])
+        bases.append(vectors[:, values > 0.5].T.contiguous())
+    return torch.tensor([coordinate for group in groups for coordinate in group]), bases
 
 
 def _sizes(orbits: tuple[Tensor, ...]) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import constrained_equiv as ce
-from constrained_equiv import groups
+from constrained_equiv import _tensors, groups
 from constrained_equiv.kernels import Kernels, averaged, orbits_of, permuted, spanned
 from constrained_equiv.representations import Representation, defining, frequency, regular, trivial
 
@@ -181,16 +181,30 @@ def test_p_onto_a_span_is_its_orthogonal_projection(redundant):
         torch.testing.assert_close(kernels.project(drawn)[0, rows].flatten(), nearest.flatten(), rtol=0, atol=1e-12)
 
 
-def test_p_onto_a_span_is_the_same_with_orbits():
+@pytest.mark.parametrize("parts", [1, 2, 12], ids="{} uncoupled".format)
+def test_p_onto_a_span_is_the_same_with_orbits(parts):
+    """Also where the span falls into parts that share no orbit, which are then projected apart."""
     group = groups.cyclic(4)
     elements = group.elements()
     acting, moves = regular(group).matrix(elements), permuted(grid(3), elements)[0]
-    average = averaged(acting, acting, moves, [1])
-    samples = average.project(torch.randn(6, 4 * 4 * 9, dtype=torch.float64)).view(6, 4, 4, 9)
-    plain, faster = spanned(samples), spanned(samples, orbits_of(acting, acting, moves))
+    average, (orbits,) = averaged(acting, acting, moves, [1]), orbits_of(acting, acting, moves)
+    samples = average.project(torch.randn(2 * parts, 4 * 4 * 9, dtype=torch.float64))
+    for i, sample in enumerate(samples):
+        sample[orbits[torch.arange(len(orbits)) % parts != i % parts]] = 0
+    samples = samples.view(-1, 4, 4, 9)
+    plain, faster = spanned(samples), spanned(samples, (orbits,))
     blocks = torch.randn(7, 4 * 4 * 9, dtype=torch.float64)
-    assert plain.rank == faster.rank == 6 and plain != faster
+    assert plain.rank == faster.rank == 2 * parts and plain != faster
     torch.testing.assert_close(plain.project(blocks), faster.project(blocks), rtol=0, atol=1e-13)
+
+
+@over_spaces
+def test_large_kernels_are_projected_piece_by_piece(name, size, layout, monkeypatch):
+    kernels = space_of(name, size, layout).kernels
+    drawn = torch.randn(2, *kernels.shape, dtype=torch.float64)
+    whole = kernels.complement(drawn)
+    monkeypatch.setitem(_tensors._PIECE, "cpu", 1)
+    torch.testing.assert_close(kernels.complement(drawn), whole, rtol=0, atol=1e-14)
 
 
 def test_a_pair_without_equivariant_kernels_is_left_alone():
