@@ -12,10 +12,10 @@ convolutions), and h the input of layer i in the *relaxed* network on the batch 
     || f(g x) - g f(x) ||        <=  sum_i B_i (|| h_i(x) || + || h_i(g x) ||) L_i             equivariance error
 
 where L_i is a Lipschitz constant of what comes after layer i in the *equivariant* network. The second line replaces
-one layer at a time, and needs that the group keeps lengths; a term that is zero has no share in it, whatever follows.
-L_i is a product over the modules that follow: known constants of linear maps and activations, or those that the user
-states. Gates, tensor products and norms with statistics of the batch have no constant that holds everywhere, nor has
-code between modules: there is no bound then.
+one layer at a time, the last first, and needs that the group keeps lengths; a term that is zero has no share in it,
+whatever follows. L_i is a product over the modules that follow: known constants of linear maps and activations, or
+those that the user states. Gates, tensor products and norms with statistics of the batch have no constant that holds
+everywhere, nor has code between modules: there is no bound then.
 """
 
 import math

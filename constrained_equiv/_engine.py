@@ -133,7 +133,7 @@ class Engine:
             for entry in part
         )
         self.terms = Terms.of(list(_unique(records)))
-        self._check(records)
+        self._check()
         self._charged: list[Constraint | Penalty] = [*self.records, *self.penalties]
         for stack in self.terms.stacks:
             _tensors.adjoin_(self.terms.weights()[stack])
@@ -320,7 +320,10 @@ class Engine:
         return vector if len(self.slices) == 1 else vector[part]
 
     def _measure(self, *, synchronise: bool) -> None:
-        for at, (record, part) in enumerate(zip(self.records, self.slices, strict=True)):
+        for at, (record, part, pinned) in enumerate(self._stated()):
+            if pinned:  # a part of a term is zero up to rounding, which would be read as a sign of resistance
+                self._part(self.values, part).zero_()
+                continue
             if synchronise and record.measure.synchronise is not None:
                 record.measure.synchronise(record.terms)
             self._value(at, out=self._part(self.values, part))
@@ -542,7 +545,7 @@ class Engine:
 
     # --- checks of what was asked for ---
 
-    def _check(self, records: Sequence[Record]) -> None:
+    def _check(self) -> None:
         if repeated := sorted({name for name in self.names if self.names.count(name) > 1}):
             raise ConstraintError(
                 f"{repeated[0]!r} is constrained twice: expected each layer once per measure; use where="

@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_flatten
 
 from constrained_equiv import constraints
 from constrained_equiv._certificate import Certificate, certify
-from constrained_equiv._optim import ConstrainedOptimizer
+from constrained_equiv._optim import Attached, ConstrainedOptimizer
 from constrained_equiv._relax import Relaxation, relaxations, remove
 from constrained_equiv._stacks import Terms
 from constrained_equiv._symmetry import Symmetry
@@ -104,7 +104,7 @@ class Report:
         ]
         lines = [
             *table(header, rows),
-            f"output of the model changed by {_optional(self.output_change)} (relative)",
+            f"output change of the model: {_optional(self.output_change)} (relative)",
             f"equivariance error {_optional(self.error_before)} before, {_optional(self.error_after)} after (relative)",
             *_words(self.certificate),
             f"normalisation layers recalibrated: {self.recalibrated}",
@@ -117,7 +117,7 @@ class Report:
 def finalize(
     model: nn.Module,
     *,
-    optimizer: torch.optim.Optimizer | None = None,
+    optimizer: torch.optim.Optimizer | Attached | None = None,
     batches: Iterable[Any] | None = None,
     forward: Callable[[nn.Module, Any], Any] | None = None,
     symmetry: Symmetry | None = None,
@@ -130,8 +130,8 @@ def finalize(
 
     Args:
         model: a relaxed model (the bare module, not its DistributedDataParallel wrapper).
-        optimizer: the optimizer; a `ConstrainedOptimizer` states the levels and is released, and the terms' parameters
-            leave any optimizer's groups and state.
+        optimizer: the optimizer; a `ConstrainedOptimizer`, or the handle of `ce.attach`, states the levels and is
+            released, and the terms' parameters leave any optimizer's groups and state.
         batches: for the measured changes and their bounds, and for gathering the statistics of normalisation layers
             anew.
         forward: `forward(model, batch)` runs the model on one of `batches`; `model(batch)` by default.
@@ -149,22 +149,27 @@ def finalize(
         The report.
 
     Raises:
-        RelaxationError: if no layer is relaxed.
+        RelaxationError: if no layer is relaxed, or `on_violation` is unknown.
         ViolationError: with `on_violation="raise"`, if a term is above its level.
+        ConstrainedEquivError: if `batches` is empty, or the model is not called with positional arguments.
     """
     if on_violation not in ("raise", "drop", "keep"):
-        raise ViolationError(f"on_violation={on_violation!r}: expected 'raise', 'drop' or 'keep'")
+        raise RelaxationError(f"on_violation={on_violation!r}: expected 'raise', 'drop' or 'keep'")
     found = relaxations(model)
     if not found:
         raise RelaxationError("the model has no relaxed layer: expected a model after ce.relax(model)")
+    driver = optimizer if isinstance(optimizer, ConstrainedOptimizer | Attached) else None
+    base = optimizer.optimizer if isinstance(optimizer, Attached) else optimizer
     checks: dict[int, _Check] = {}
-    for term, check in _checks(found, optimizer, atol, fold):  # of several constraints on a term, the one least met
+    for term, check in _checks(found, driver, atol, fold):  # of several constraints on a term, the one least met
         checks[id(term)] = max(checks.get(id(term), check), check, key=lambda c: c.excess)
     above = [r for r in found if checks[id(r.term)].excess > 0]
     if above and on_violation == "raise":
         worst = sorted(above, key=lambda r: -checks[id(r.term)].excess)[:5]
         least_met = (checks[id(r.term)] for r in worst)
-        lines = [f"  {c.name}: {c.value:.3g} > {c.allowed:.3g} ({c.measure})" for c in dict.fromkeys(least_met)]
+        lines = [
+            f"  {c.name or '(model)'}: {c.value:.3g} > {c.allowed:.3g} ({c.measure})" for c in dict.fromkeys(least_met)
+        ]
         raise ViolationError(
             f"{len(above)} of {len(found)} terms are above their level; nothing was removed:\n"
             + "\n".join(lines)
@@ -189,9 +194,9 @@ def finalize(
     folded = {id(r.term): _fold(r, probe, notes) if fold else (0.0, 0.0) for r in leaving}
     removed = {id(r.term): _dropped_norm(r, fold) for r in leaving}
     certificate = _certificate(model, found, symmetry, probe, lipschitz, notes)
-    remove(model, [r.layer for r in leaving], optimizer)
-    if isinstance(optimizer, ConstrainedOptimizer):
-        _release(optimizer, leaving)
+    remove(model, [r.layer for r in leaving], base)
+    if driver is not None and base is not None:
+        _release(driver, base, leaving)
 
     changes: dict[int, float] = {}
     output_change = None
@@ -248,11 +253,10 @@ class _Check:
 
 
 def _checks(
-    found: Iterable[Relaxation], optimizer: torch.optim.Optimizer | None, atol: float, fold: bool
+    found: Iterable[Relaxation], driver: ConstrainedOptimizer | Attached | None, atol: float, fold: bool
 ) -> Iterator[tuple[Any, _Check]]:
     """Check every term by the constraints it was trained with, and by its norm against 0 where it had none."""
-    stated = optimizer.constraints if isinstance(optimizer, ConstrainedOptimizer) else ()
-    step = optimizer.finished_steps if isinstance(optimizer, ConstrainedOptimizer) else 0
+    stated, step = ((), 0) if driver is None else (driver.constraints, driver.finished_steps)
     covered = set()
     for record in stated:
         level = final_value(record.level, step)
@@ -307,11 +311,11 @@ def _fold(relaxation: Relaxation, probe: "_Probe | None", notes: list[str]) -> t
 
 
 @torch.no_grad()
-def _release(optimizer: ConstrainedOptimizer, leaving: list[Relaxation]) -> None:
+def _release(driver: ConstrainedOptimizer | Attached, base: torch.optim.Optimizer, leaving: list[Relaxation]) -> None:
     """Let an optimizer forget its constraints, unless it still trains some of their terms."""
-    trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    if not any(id(term.weight) in trained for record in optimizer.constraints for term in record.terms.modules):
-        optimizer.release()
+    trained = {id(p) for group in base.param_groups for p in group["params"]}
+    if not any(id(term.weight) in trained for record in driver.constraints for term in record.terms.modules):
+        driver.detach() if isinstance(driver, Attached) else driver.release()
     for r in leaving:
         r.term.weight.zero_()  # meets any bound from now on
 
@@ -409,6 +413,8 @@ def _words(certificate: Certificate | None) -> list[str]:
         missing = next(b for b in certificate.bounds if b.equivariance is None)
         return [f"no bound of the error before, for layer {missing.name!r}: {missing.reason}"]
     size = certificate.size or 1.0
+    if not certificate.equivariance:
+        return [f"all terms were exactly zero: the error before, {certificate.measured / size:.3g}, is rounding"]
     return [
         f"error before at most {certificate.equivariance / size:.3g}, an upper bound that is loose; measured "
         f"{certificate.measured / size:.3g} (relative; print(report.certificate) shows why)"

@@ -44,10 +44,10 @@ class ConstrainedOptimizer(torch.optim.Optimizer):
         order: `dual-primal` (default: multipliers move first, on the same measurement), `simultaneous`, or
             `primal-dual` (the terms are measured again after the base step).
         enforce: `multipliers` (default) add the constraint's gradient to the task's; `proximal` leaves the task's
-            gradient alone and moves each term towards zero by learning rate * multiplier after the step, past any
-            preconditioning, so that it reaches exact zero in finite time (a multiplier then counts in units of the
-            measure per unit of learning rate, not of the loss, where the base is Adam); `projection` scales each term
-            back onto its level's ball after every step and needs no multipliers.
+            gradient alone and shrinks each term after the step, past any preconditioning, so that its measure falls by
+            learning rate * slope^2 * multiplier (slope^2 is 1 / out features for `weight`) and reaches exact zero in
+            finite time (a multiplier then counts per unit of learning rate, not of the loss, where the base is Adam);
+            `projection` scales each term back onto its level's ball after every step and needs no multipliers.
         at_zero: what happens while a level is exactly 0: `clear` (default) sets the term to exactly 0, and it starts
             with fresh base state should the level rise again, so that the tail of the schedule trains the equivariant
             model alone; `multipliers` leaves it to the multipliers.
@@ -315,10 +315,14 @@ class _Evaluation:
 
 
 class Attached:
-    """What `attach` returns: readings and a way out; the optimizer itself keeps its type."""
+    """What `attach` returns: readings and a way out; the optimizer itself keeps its type.
+
+    Attributes:
+        optimizer: the optimizer that was given.
+    """
 
     def __init__(self, optimizer: torch.optim.Optimizer, engine: Engine) -> None:
-        self._optimizer, self._engine = optimizer, engine
+        self.optimizer, self._engine = optimizer, engine
         self._stepping = True
         self._loading: dict[str, Any] | None = None
         self._hooks = [
@@ -360,7 +364,7 @@ class Attached:
 
     def register_step_post_hook(self, hook: Any) -> Any:
         """Register a hook of the optimizer; it runs after the constraints' own."""
-        return self._optimizer.register_step_post_hook(hook)
+        return self.optimizer.register_step_post_hook(hook)
 
     def detach(self) -> None:
         """Remove the hooks and forget all constraints, so that the optimizer steps as before."""
@@ -371,6 +375,11 @@ class Attached:
     def _before(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> Any:
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
         if closure is not None:
+            if self._engine.options.on_nonfinite == "skip":
+                raise ConstraintError(
+                    "attach(on_nonfinite='skip') met a step with a closure, which no hook can skip: "
+                    "expected optimizer.step() without one, or ce.ConstrainedOptimizer around the optimizer"
+                )
             return (args[0], _Evaluation(self._engine, closure)), {k: v for k, v in kwargs.items() if k != "closure"}
         self._stepping = self._engine.finite()
         if self._stepping:
@@ -430,7 +439,8 @@ def attach(
         on_nonfinite: see there; `skip` clears the gradients, and needs an optimizer that is stepped without a closure.
 
     Returns:
-        A handle with `readings()`, `multipliers` and `detach()`; call the latter before `ce.finalize`.
+        A handle with `readings()`, `multipliers` and `detach()`; give it to `ce.finalize(optimizer=handle)`, which
+        checks the terms against their levels and detaches it.
 
     Raises:
         ConstraintError: as `ConstrainedOptimizer`, and where the optimizer is one already.

@@ -359,7 +359,7 @@ BAD: dict[str, tuple[Callable[[Scene], Any], type[Exception], tuple[str, ...]]] 
     ),
     "finalize with an unknown choice": (
         lambda s: ce.finalize(s.relaxed, on_violation="ignore"),
-        errors.ViolationError,
+        R,
         ("'ignore'", "expected 'raise', 'drop' or 'keep'"),
     ),
     "finalize a plain model": (lambda s: ce.finalize(s.plain), R, ("no relaxed layer", "expected", "ce.relax(model)")),

@@ -178,6 +178,19 @@ def test_terms_leave_the_optimizer(constrained, make):
         assert optimizer.constraints == () and optimizer.readings().names == ()
 
 
+def test_a_handle_states_its_levels_and_is_detached():
+    model, (x, *_) = relax_sets(set_network()), batches()
+    base = torch.optim.SGD(ce.parameter_groups(model, lr=1e-2))
+    handle = ce.attach(base, ce.constraints.weight(model, level=2.0))  # far above the terms
+    train(model, base, (x,), 1)
+    with pytest.raises(ce.errors.ViolationError):
+        ce.finalize(model, optimizer=base)
+    report = ce.finalize(model, optimizer=handle)
+    assert {layer.allowed for layer in report.layers} == {2.0 + 1e-3}
+    assert [id(p) for group in base.param_groups for p in group["params"]] == [id(p) for p in model.parameters()]
+    assert handle.constraints == () and "constrained" not in base.state_dict()
+
+
 def test_finalizing_a_part_keeps_the_constraints_of_the_rest():
     model, (x, *_) = nn.Sequential(relax_sets(set_network()), relax_sets(set_network())), batches()
     base = torch.optim.SGD(ce.parameter_groups(model, lr=1e-2))
@@ -453,7 +466,7 @@ def test_a_printed_report_is_a_table_and_a_summary():
         assert float(value) == pytest.approx(layer.value, rel=1e-2)
         assert float(removed) == pytest.approx(layer.removed, rel=1e-2)
         assert float(change) == pytest.approx(layer.output_change, rel=1e-2) and float(change) < float(most)
-    assert text[3].startswith("output of the model changed by ") and f"{report.output_change:.3g}" in text[3]
+    assert text[3].startswith("output change of the model: ") and f"{report.output_change:.3g}" in text[3]
     assert f"{report.error_before:.3g} before, {report.error_after:.3g} after" in text[4]
     found = report.certificate
     assert f"at most {found.equivariance / found.size:.3g}" in text[5] and "loose" in text[5]

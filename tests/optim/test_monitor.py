@@ -143,6 +143,20 @@ def test_a_term_that_was_cleared_while_large_is_named(steps: int, verdict: str) 
     assert ("too fast" in monitor.diagnose()) == (verdict == "cut")
 
 
+def test_a_part_that_ended_at_rounding_is_zero() -> None:
+    """W - P_H W is taken away from W, which leaves rounding."""
+    model = torch.nn.Sequential(torch.nn.Linear(8, 8))
+    adapter = ce.adapters.linear("2x0e + 2x1o", "2x0e + 2x1o")
+    ce.relax(model, where=lambda name, layer: name == "0", adapter=adapter, init=0.5)
+    x, y = torch.randn(32, 8), torch.randn(32, 8)
+    record = ce.constraints.subgroup(model, ce.groups.SO3(), level=ce.schedules.linear(0.5, 0.0, 150))
+    optimizer = ce.ConstrainedOptimizer(torch.optim.Adam(model.parameters(), lr=1e-2), record)
+    monitor = Monitor(optimizer)
+    minimise(optimizer, lambda: (model(x) - y).square().mean(), 250)
+    assert 0 < record.measure.values(record.terms).item() < 1e-6
+    assert set(monitor.verdicts().values()) == {"zero"}
+
+
 def test_a_slack_is_no_violation() -> None:
     """min 1/2 (w - 2)^2 + 0.5 u, |w| <= u: w = u = 1.5. The monitor says what that is worth, and counts the slack."""
     model, terms = layers((1, 1))

@@ -559,6 +559,14 @@ def test_attached_skipping_and_detaching() -> None:
     assert "constrained" not in plain.state_dict()
 
 
+def test_attached_hooks_cannot_skip_a_closure() -> None:
+    model, _ = twins()
+    plain = torch.optim.SGD(model.parameters(), lr=0.02)
+    ce.attach(plain, ce.constraints.weight(model, level=LEVEL), on_nonfinite="skip")
+    with pytest.raises(ce.errors.ConstraintError, match=r"without one, or ce\.ConstrainedOptimizer"):
+        plain.step(lambda: loss(model, *data()))
+
+
 def test_a_monitor_watches_an_attached_optimizer() -> None:
     """What it records is what it records of the wrapped one; skipped steps leave no record."""
     found = []
