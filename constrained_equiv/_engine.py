@@ -11,11 +11,11 @@ dispatched operations does not depend on the number of terms per distinct shape.
 """
 
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, wraps
 from itertools import compress
-from typing import Any, Literal, NamedTuple, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -63,6 +63,23 @@ class Options:
         for name, known in _KNOWN.items():
             if getattr(self, name) not in known:
                 raise ConstraintError(f"{name}={getattr(self, name)!r}: expected one of {known}")
+
+
+_Method = TypeVar("_Method", bound=Callable[..., None])
+
+
+def _in_own_precision(method: _Method) -> _Method:
+    """Leave autocast for a method of `Engine`: in bfloat16 a projection would be orthogonal to three digits."""
+
+    @wraps(method)
+    def run(self: "Engine", *args: Any, **kwargs: Any) -> None:
+        kind = self.levels.device.type
+        if not torch.is_autocast_enabled(kind):
+            return method(self, *args, **kwargs)
+        with torch.autocast(kind, enabled=False):
+            return method(self, *args, **kwargs)
+
+    return cast(_Method, run)
 
 
 class Readings(NamedTuple):
@@ -153,6 +170,7 @@ class Engine:
         self._compared = list(self._levels)
         self._trained = self._warned = False
         self._idle = 0
+        self._pending: Tensor | None = None
         self._scratch = _tensors.Scratch()
         self._take_up()
 
@@ -195,6 +213,7 @@ class Engine:
     # --- a step ---
 
     @torch.no_grad()
+    @_in_own_precision
     def before(self, *, first: bool = True) -> None:
         """Turn the task's gradients into those of the Lagrangian.
 
@@ -216,16 +235,20 @@ class Engine:
                 if not pinned
             ]
         self._write_gradients(charges)
-        if moving and self.options.order == "simultaneous" and self.multipliers is not None:
-            self.multipliers.ascend(self.violations)
+        if moving and self.options.order == "simultaneous":  # after the step: a closure's later evaluations are of it
+            self._pending = self.violations.clone()
 
     @torch.no_grad()
+    @_in_own_precision
     def after(self) -> None:
         """Put the terms back where they belong, and move on to the next level."""
         if self._waiting():
             self._idle += 1
             return
         self._idle = 0
+        if self._pending is not None and self.multipliers is not None:
+            self.multipliers.ascend(self._pending)
+        self._pending = None
         self._project_weights()
         if self.options.enforce == "proximal":
             self._shrink()
@@ -257,6 +280,9 @@ class Engine:
         total: Tensor | float = 0.0
         if self.multipliers is not None and self.options.enforce == "multipliers":
             total = self.multipliers.lagrangian(self.violations)
+            for record, part in zip(self.records, self.slices, strict=True):
+                if record.slack is not None:
+                    total = total + record.slack.charge(self.slacks[part])
         for penalty in self.penalties:
             total = total + value_at(penalty.coefficient, self.step) * penalty.measure.values(penalty.terms).sum()
         return total
@@ -431,14 +457,14 @@ class Engine:
             self._rescale(record, torch.where(values > levels, levels / values, 1.0))
 
     def _shrink(self) -> None:
-        """Take the proximal step of rate * coefficient * value: what is constrained moves towards 0 and stops there."""
+        """Take the proximal step of rate * slope^2 * coefficient: what is constrained moves to 0 and stops there."""
         for record, part, pinned in self._stated():
             if pinned:
                 continue
-            values = record.measure.values(record.terms).to(self.levels).abs()
+            values = record.measure.values(record.terms).to(self.levels)  # signed, like its coefficient
             slopes = 1.0 if record.measure.slope is None else record.measure.slope(record.terms).square()
             pull = self._rates(record) * slopes * self._coefficients[part]
-            self._rescale(record, torch.where(values > 0, 1.0 - pull / values, 1.0).clamp_min_(0))
+            self._rescale(record, torch.where(values != 0, 1.0 - pull / values, 1.0).clamp_min_(0))
 
     def _rates(self, record: Constraint) -> Tensor | float:
         """Learning rates of the terms of each entry: one number where they share it, which is the rule."""
@@ -450,10 +476,12 @@ class Engine:
         return record.terms.spread(single, record.measure.part, record.measure.per)
 
     def _rescale(self, record: Constraint, factors: Tensor) -> None:
+        """Multiply what is constrained by factors (n,); what is frozen stays."""
         if record.measure.target == "gate":
-            _tensors.scale_(record.terms.gates(), factors)
+            _tensors.scale_(_tensors.unfrozen(record.terms.gates()), factors)
         else:
-            record.terms.rescale_(record.measure.part, record.measure.per, factors)
+            weights = _tensors.unfrozen(record.terms.weights())
+            record.terms.rescale_(weights, record.measure.part, record.measure.per, factors)
 
     def _pin(self) -> None:
         """Where a level is exactly 0, set what is constrained to exactly 0.
@@ -471,8 +499,9 @@ class Engine:
                     self.base.state.pop(weight, None)
             elif now and _pins_whole(record):
                 _tensors.zero_(record.terms.weights())
-            elif now:
-                self._rescale(record, self.levels[part])  # by 0
+            elif now:  # by 0, what is frozen too
+                weights = record.terms.weights()
+                record.terms.rescale_(weights, record.measure.part, record.measure.per, self.levels[part])
 
     def _to_pin(self) -> list[bool]:
         """Which records' levels are 0 and end what they constrain."""
@@ -561,7 +590,18 @@ class Engine:
                 f"the base optimizer does not hold the terms of {missing}: build it after ce.relax(model), for example "
                 "torch.optim.AdamW(ce.parameter_groups(model, lr=1e-3))"
             )
+        terms = {id(p) for term in self.terms.modules for p in term.parameters()}
+        if any(g.get("maximize") and any(id(p) in terms for p in g["params"]) for g in self.base.param_groups):
+            raise ConstraintError(
+                "the base optimizer has maximize=True, so that it would push terms away from their levels: expected "
+                "one that minimises, and a loss of the other sign"
+            )
         for record in self.records:
+            if self.options.enforce == "projection" and record.type == "equality":
+                raise ConstraintError(
+                    f"enforce='projection' of an equality ({record.measure.name}): expected an inequality, onto whose "
+                    "ball terms are scaled, or enforce='multipliers'"
+                )
             if self.options.enforce == "proximal" and record.measure.slope is None and record.measure.target != "gate":
                 raise ConstraintError(
                     f"enforce='proximal' with measure {record.measure.name!r}: expected a norm (weight, relative), not "

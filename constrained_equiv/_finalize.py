@@ -6,6 +6,7 @@ Law: nothing is changed unless every term passes the check (or `on_violation` sa
 """
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -149,7 +150,7 @@ def finalize(
         The report.
 
     Raises:
-        RelaxationError: if no layer is relaxed, or `on_violation` is unknown.
+        RelaxationError: if no layer is relaxed, `on_violation` is unknown, or `lipschitz` names an unknown module.
         ViolationError: with `on_violation="raise"`, if a term is above its level.
         ConstrainedEquivError: if `batches` is empty, or the model is not called with positional arguments.
     """
@@ -158,6 +159,8 @@ def finalize(
     found = relaxations(model)
     if not found:
         raise RelaxationError("the model has no relaxed layer: expected a model after ce.relax(model)")
+    if unknown := sorted(set(lipschitz or ()) - {name for name, _ in model.named_modules()}):
+        raise RelaxationError(f"lipschitz= names {unknown}, which the model has not: expected names of its modules")
     driver = optimizer if isinstance(optimizer, ConstrainedOptimizer | Attached) else None
     base = optimizer.optimizer if isinstance(optimizer, Attached) else optimizer
     checks: dict[int, _Check] = {}
@@ -191,7 +194,8 @@ def finalize(
             probe.run(run, first[0])
     error_before = _model_error(model, symmetry, probe, notes)
 
-    folded = {id(r.term): _fold(r, probe, notes) if fold else (0.0, 0.0) for r in leaving}
+    tied = _tied(model)
+    folded = {id(r.term): _fold(r, probe, tied, notes) if fold else (0.0, 0.0) for r in leaving}
     removed = {id(r.term): _dropped_norm(r, fold) for r in leaving}
     certificate = _certificate(model, found, symmetry, probe, lipschitz, notes)
     remove(model, [r.layer for r in leaving], base)
@@ -288,26 +292,35 @@ def _broken(relaxation: Relaxation, atol: float) -> Iterator[tuple[tuple[str, fl
 
 
 @torch.no_grad()
-def _fold(relaxation: Relaxation, probe: "_Probe | None", notes: list[str]) -> tuple[float, float]:
+def _fold(relaxation: Relaxation, probe: "_Probe | None", tied: set[int], notes: list[str]) -> tuple[float, float]:
     """Write P(scale * gate * W) into the layer's own weights; return the norms written and not written."""
     term, how, layer = relaxation.term, relaxation.adapter, relaxation.layer
     if term.complement:
         return 0.0, 0.0
     total = term.matrix().detach()
     equivariant = total - term.projection.complement_(total.clone())
-    arguments = None if probe is None or id(layer) not in probe.calls else probe.calls[id(layer)][0]
-    written = torch.zeros_like(total) if how.fold is None else how.fold(layer, equivariant, arguments)
+    once = probe is not None and id(layer) in probe.calls and id(layer) not in probe.repeated
+    arguments = probe.calls[id(layer)][0] if probe is not None and once else None
+    shared = any(id(parameter) in tied for parameter in layer._parameters.values())
+    written = torch.zeros_like(total) if how.fold is None or shared else how.fold(layer, equivariant, arguments)
     if (factor := term.factor()) != 0:
         term.weight.sub_(written / factor)  # so that the layer computes what it did before
     lost = float(torch.linalg.vector_norm(equivariant - written))
     if lost <= 1e-6 * max(float(torch.linalg.vector_norm(equivariant)), 1e-30):
         lost = 0.0  # rounding
     else:
+        weights = "weights, which another layer shares" if shared else "own weights"
         notes.append(
-            f"layer {relaxation.name!r} ({how.name}): an equivariant part of norm {lost:.3g} does not fit into its own "
-            "weights; relax with complement=True for an exact finish"
+            f"layer {relaxation.name!r} ({how.name}): an equivariant part of norm {lost:.3g} does not fit into its "
+            f"{weights}; relax with complement=True for an exact finish"
         )
     return float(torch.linalg.vector_norm(written)), lost
+
+
+def _tied(model: nn.Module) -> set[int]:
+    """Parameters that several layers have."""
+    owners = Counter(id(p) for module in model.modules() for p in module._parameters.values() if p is not None)
+    return {parameter for parameter, count in owners.items() if count > 1}
 
 
 @torch.no_grad()
@@ -333,12 +346,15 @@ class _Probe:
 
     def __init__(self, model: nn.Module, layers: list[nn.Module]) -> None:
         self.model, self.layers = model, layers
-        self.calls: dict[int, tuple[tuple[Any, ...], dict[str, Any], list[Tensor]]] = {}
+        self.calls: dict[int, tuple[tuple[Any, ...], dict[str, Any], list[Tensor]]] = {}  # the first of each
+        self.repeated: set[int] = set()
         self.output: list[Tensor] = []
 
     def run(self, run: Callable[[nn.Module, Any], Any], batch: Any) -> None:
         def keep(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            if id(module) not in self.calls:
+            if id(module) in self.calls:
+                self.repeated.add(id(module))
+            else:
                 self.calls[id(module)] = args, kwargs, _tensors_of(output)
 
         handles = [

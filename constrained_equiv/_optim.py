@@ -29,12 +29,14 @@ class ConstrainedOptimizer(torch.optim.Optimizer):
 
     Args:
         base: an optimizer over a relaxed model's parameters, terms included (see `ce.parameter_groups`).
-        *constraints: records of `ce.constraints`; several are stacked into one vector.
+        *constraints: records of `ce.constraints`; several are stacked into one vector. Terms that no record covers are
+            the base optimizer's alone: neither held nor kept in the complement.
         formulation: `augmented_lagrangian` (default), `lagrangian`, `quadratic_penalty` (no multipliers; ridge where
             the level is 0), or a Cooper formulation class.
         penalty: c of the augmented Lagrangian, > 0, in units of loss per squared unit of the measure.
         penalty_growth: factor by which c grows per step where a violation exceeds 1e-4, up to 10,000 times its start; 1
-            by default. The dual rate grows with it unless `dual_lr` is given.
+            by default. The dual rate grows with it where the formulation is named, `dual` is `sgd`, and neither
+            `dual_lr` nor `multiplier` is given.
         dual: `sgd` (default), `nupi`, or a function that makes a maximizing optimizer of the multipliers. An Adam here
             takes sign-like steps: its multipliers lose their meaning and may cycle.
         dual_lr: ascent rate of the multipliers; the penalty by default.
@@ -95,6 +97,7 @@ class ConstrainedOptimizer(torch.optim.Optimizer):
     ) -> None:
         if not isinstance(base, torch.optim.Optimizer):
             raise ConstraintError(f"base={base!r}: expected a torch optimizer, for example torch.optim.AdamW(...)")
+        _refuse_constrained(base)
         options = Options(
             formulation=formulation,
             penalty=penalty,
@@ -234,7 +237,8 @@ class ConstrainedOptimizer(torch.optim.Optimizer):
     def __deepcopy__(self, memo: dict[int, Any]) -> "ConstrainedOptimizer":
         replica = object.__new__(type(self))
         memo[id(self)] = replica
-        replica.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        own = {key: value for key, value in self.__dict__.items() if key != "step"}  # patched in by a scheduler, bound
+        replica.__dict__.update(copy.deepcopy(own, memo))
         return replica
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -251,7 +255,7 @@ class ConstrainedOptimizer(torch.optim.Optimizer):
         return {**self.base.state_dict(), _KEY: self._engine.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a state of this class, or of a plain optimizer of the base's class (constraints then start afresh).
+        """Load a state of this class, or a plain one of the base's class, which leaves constraints as they are.
 
         Raises:
             CheckpointError: if the constraints of the checkpoint are others than this optimizer's; nothing was loaded.
@@ -445,12 +449,11 @@ def attach(
     Raises:
         ConstraintError: as `ConstrainedOptimizer`, and where the optimizer is one already.
     """
-    if isinstance(optimizer, ConstrainedOptimizer):
-        raise ConstraintError("optimizer is a ConstrainedOptimizer already: pass its constraints there")
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise ConstraintError(
             f"optimizer={optimizer!r}: expected a torch optimizer, for example torch.optim.AdamW(...)"
         )
+    _refuse_constrained(optimizer)
     options = Options(
         formulation=formulation,
         penalty=penalty,
@@ -466,3 +469,13 @@ def attach(
     attached = Attached(optimizer, Engine(optimizer, constraints, options))
     optimizer._step_supports_amp_scaling = False  # type: ignore[attr-defined]
     return attached
+
+
+def _refuse_constrained(optimizer: torch.optim.Optimizer) -> None:
+    """Two sets of constraints on one optimizer would be saved under one key."""
+    hooks = [getattr(hook, "__self__", None) for hook in optimizer._optimizer_step_pre_hooks.values()]
+    if isinstance(optimizer, ConstrainedOptimizer) or any(isinstance(owner, Attached) for owner in hooks):
+        raise ConstraintError(
+            f"{type(optimizer).__name__} has constraints already: pass all records at once, as in "
+            "ce.ConstrainedOptimizer(base, first, second)"
+        )

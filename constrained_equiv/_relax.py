@@ -53,7 +53,7 @@ class Relaxations(tuple[Relaxation, ...]):
         rows = [
             (
                 r.name or "(model)",
-                base_class(r.layer).__name__,
+                _unrelaxed(type(r.layer)).__name__,
                 r.term.extra_repr(),
                 f"{r.site.inputs} -> {r.site.outputs}",
                 f"{r.term.weight.numel():,}",
@@ -113,6 +113,7 @@ def relax(
             "module; call ce.relax(model) first and wrap the result"
         )
     chosen: list[tuple[nn.Module, Any, NonEquivariantTerm]] = []
+    bypassed = _bypassed(model)
     matched = 0
     for name, layer in _candidates(model):
         if where is not None and not where(name, layer):
@@ -126,6 +127,11 @@ def relax(
                 "adapter=ce.adapters.linear(inputs, outputs), or choose fewer layers in where="
             )
         _check_attachable(name, layer)
+        if id(layer) in bypassed:
+            raise RelaxationError(
+                f"layer {name!r} is inside nn.TransformerEncoderLayer, which in evaluation reads its weight without "
+                "calling it: call torch.backends.mha.set_fastpath_enabled(False) first, or leave it out in where="
+            )
         site = how.site(layer)
         matched += 1
         if complement and site.projection.rank == math.prod(site.shape):
@@ -216,7 +222,7 @@ def remove(model: nn.Module, layers: Iterable[nn.Module], optimizer: torch.optim
     for layer in layers:
         gone |= {id(p) for p in term_of(layer).parameters()}
         how = adapter_of(layer)
-        layer.__class__ = base_class(layer)
+        layer.__class__ = _unrelaxed(type(layer))
         delattr(layer, CHILD)
         if how.refresh is not None:
             how.refresh(layer)
@@ -243,10 +249,14 @@ def term_of(layer: nn.Module) -> NonEquivariantTerm:
     return term
 
 
-def base_class(layer: nn.Module) -> type[nn.Module]:
-    """Return the class that a relaxed layer had before."""
-    base: type[nn.Module] = type(layer)._relaxed_from[0]  # type: ignore[attr-defined]
-    return base
+def _unrelaxed(kind: Any) -> Any:
+    """Return a relaxed class as it was before, with what was put on top since, such as torch's parametrizations."""
+    if "_relaxed_from" in vars(kind):
+        return kind._relaxed_from[0]
+    if not hasattr(kind, "_relaxed_from"):
+        return kind
+    members = {name: value for name, value in vars(kind).items() if name not in ("__dict__", "__weakref__")}
+    return type(kind.__name__.replace("Relaxed", "", 1), tuple(map(_unrelaxed, kind.__bases__)), members)
 
 
 def adapter_of(layer: nn.Module) -> Adapter:
@@ -285,6 +295,14 @@ def _candidates(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     return ((name, layer) for name, layer in model.named_modules() if id(layer) not in inside)
 
 
+def _bypassed(model: nn.Module) -> set[int]:
+    """Layers that torch's fast path of transformers goes around."""
+    if not torch.backends.mha.get_fastpath_enabled():
+        return set()
+    encoders = (m for m in model.modules() if isinstance(m, nn.TransformerEncoderLayer))
+    return {id(layer) for encoder in encoders for layer in (encoder.linear1, encoder.linear2)}
+
+
 def _check_attachable(name: str, layer: nn.Module) -> None:
     if is_relaxed(layer):
         raise RelaxationError(
@@ -294,6 +312,11 @@ def _check_attachable(name: str, layer: nn.Module) -> None:
         raise RelaxationError(
             f"layer {name!r} has an attribute {CHILD!r} of its own: expected none, for the term takes that name; "
             "rename it, or leave the layer out in where="
+        )
+    if isinstance(layer, nn.modules.linear.NonDynamicallyQuantizableLinear):
+        raise RelaxationError(
+            f"layer {name!r} is the output map of nn.MultiheadAttention, which reads its weight and never calls it: "
+            "leave it out in where="
         )
     if isinstance(layer, torch.jit.ScriptModule):
         raise RelaxationError(

@@ -187,13 +187,13 @@ class Terms:
         ]
         _tensors.add_(targets, [one for stack in scaled for one in stack.unbind()])
 
-    def rescale_(self, part: Share, per: Per, factors: Tensor) -> None:
-        """Multiply what each entry measures by its factor; a term measured by several by the smallest."""
+    def rescale_(self, targets: Sequence[Tensor], part: Share, per: Per, factors: Tensor) -> None:
+        """Multiply what each entry measures by its factor, in targets that equal W; by the smallest of several."""
         if per == "model":
             factors = factors.expand(len(self))
         elif per == "generator":
             factors = torch.cat([here.amin(1) for here in self.split(factors, part, per)])
-        self.add_parts_(self.weights(), part, per, factors - 1.0)
+        self.add_parts_(targets, part, per, factors - 1.0)
 
     def norms(self, part: Share, per: Per = "layer") -> Tensor:
         """Frobenius norms of `parts`, (n,), or of each of their blocks, one after the other."""

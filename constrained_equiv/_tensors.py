@@ -210,13 +210,21 @@ def pieces(tensors: Sequence[Tensor], *, copies: int = 1) -> Iterator[slice]:
 
 
 def gradients(parameters: Iterable[Tensor]) -> list[Tensor]:
-    """Return the gradients, allocating zeros where there is none yet."""
+    """Return the gradients to write into, allocating zeros where there is none yet; of what is frozen, none is kept."""
     result = []
     for parameter in parameters:
+        if not parameter.requires_grad:
+            result.append(torch.zeros_like(parameter))
+            continue
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
         result.append(parameter.grad)
     return result
+
+
+def unfrozen(parameters: Sequence[Tensor]) -> list[Tensor]:
+    """Return the parameters to write into, with a copy in place of each that is frozen."""
+    return [parameter if parameter.requires_grad else parameter.detach().clone() for parameter in parameters]
 
 
 def grouped(keys: Iterable[Hashable]) -> list[list[int]]:

@@ -118,7 +118,8 @@ class NonEquivariantTerm(nn.Module):
             return
         with torch.no_grad():
             if "response" in self._recorded:
-                self.response.copy_(outputs.detach().float().square().mean().sqrt())
+                response = outputs.detach().float().square().mean().sqrt()
+                self.response.copy_(torch.where(response > 0, response, self.response))  # empty, or says nothing
             if "moment" in self._recorded:
                 rows = inputs.detach().float().reshape(-1, inputs.shape[-1])
                 self.moment.copy_(rows.T @ rows / max(len(rows), 1))

@@ -143,7 +143,8 @@ def unchanged(model: Callable[..., Any]) -> Iterator[None]:
         finally:
             with torch.no_grad():
                 for buffer, value in zip(buffers, before, strict=True):
-                    buffer.copy_(value)
+                    if not torch.equal(buffer, value):  # one that is expanded cannot be written, nor has it been
+                        buffer.copy_(value)
 
 
 def _watched(model: Callable[..., Any]) -> Iterator[tuple[str, nn.Module]]:

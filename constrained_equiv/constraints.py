@@ -77,6 +77,12 @@ class Slack:
             slack = (size - _water_level(size, penalty, self.price)).clamp_min(0) / penalty
         return slack * force.sign() if signed else slack
 
+    def charge(self, slacks: Tensor) -> Tensor | float:
+        """Return what slacks (n,) cost, in units of loss; those within a budget cost nothing."""
+        if self.cost == "quadratic":
+            return self.price / 2 * slacks.square().sum()
+        return self.price * slacks.abs().sum() if self.cost == "linear" else 0.0
+
 
 def _water_level(forces: Tensor, penalty: Tensor, budget: float) -> Tensor:
     """The mu >= 0 with sum [forces - mu]_+ / penalty = budget, or 0 where the sum is smaller at mu = 0."""
@@ -208,13 +214,14 @@ def relative(
 ) -> Constraint:
     """Bound the norm of each term as a fraction of its layer's response.
 
-    The measure is `weight` over the RMS of the layer's output in the last training forward, which is not
-    differentiated; arguments as for `weight`.
+    The measure is `weight` over the RMS of the layer's output in the last training forward whose output was not zero,
+    which is not differentiated; arguments as for `weight`.
     """
     _known(per, "layer", "block", "model")
 
-    def responses(terms: Terms) -> Tensor:
-        return torch.stack([term.response for term in terms.modules]).clamp_min(1e-12)
+    def slope(terms: Terms) -> Tensor:
+        responses = torch.stack([term.response for term in terms.modules])
+        return torch.where(responses > 0, terms.factors().abs() / responses, 0.0)  # nothing to compare with so far
 
     def synchronise(terms: Terms) -> None:
         kept = [term.response for term in terms.modules]
@@ -222,7 +229,7 @@ def relative(
         _tensors.average_over_processes_(kept)
         torch._foreach_sqrt_(kept)
 
-    measure = _norm_measure("relative", lambda t: t.factors().abs() / responses(t), part, per, synchronise)
+    measure = _norm_measure("relative", slope, part, per, synchronise)
     constraint = _constraint(model, measure, level, where, type)
     for term in constraint.terms.modules:
         term.record("response")
@@ -377,10 +384,13 @@ def custom(
             return torch.stack([_tensors.whole(function(term)) for term in terms.modules])
 
     def pull(terms: Terms, coefficients: Tensor) -> None:
-        weights = terms.weights()
+        trained = [i for i, weight in enumerate(terms.weights()) if weight.requires_grad]
+        if not trained:
+            return
+        weights, single = [terms.weights()[i] for i in trained], coefficients.unbind()
         with torch.enable_grad():
-            numbers = torch.stack([_tensors.whole(function(term)) for term in terms.modules])
-        slopes = torch.autograd.grad(numbers, weights, coefficients.to(numbers))
+            numbers = torch.stack([_tensors.whole(function(terms.modules[i])) for i in trained])
+        slopes = torch.autograd.grad(numbers, weights, torch.stack([single[i] for i in trained]).to(numbers))
         _tensors.add_(_tensors.gradients(weights), [_tensors.whole(slope) for slope in slopes])
 
     return _constraint(model, Measure(name, values, pull), level, where, type)

@@ -31,6 +31,7 @@ from constrained_equiv.intertwiners import MapBlock
 Field: TypeAlias = tuple[str, int]
 """Name and dimension of a field type."""
 
+_COUPLED = 1e-8  # smaller entries of a projection are rounding
 _EXACT = 1e-6  # largest distance of a moved grid point from its image, and of a matrix from a permutation
 
 
@@ -46,6 +47,8 @@ class LocalKernels:
         basis: (rank, orbits or entries) orthonormal, what P keeps of the normalised orbits (all of them where None), or
             of the entries where there are no orbits.
         generators: how each discrete generator moves a kernel; None where the grid does not carry the group.
+        parts: the basis once more, to the rounding of float32, as bases over successive ranges of orbits that P does
+            not couple; empty where it was not split.
     """
 
     digest: str
@@ -54,6 +57,7 @@ class LocalKernels:
     orbits: tuple[Tensor, ...] = field(compare=False, repr=False)
     basis: Tensor | None = field(compare=False, repr=False)
     generators: tuple[tuple[Tensor, Tensor, Tensor], ...] | None = field(compare=False, repr=False)
+    parts: tuple[Tensor, ...] = field(default=(), compare=False, repr=False)
 
     def project(self, blocks: Tensor) -> Tensor:
         """Return P blocks, for blocks (n, d_out * d_in * points)."""
@@ -317,52 +321,50 @@ class _Prepared(NamedTuple):
 
 @lru_cache(maxsize=1024)
 def _prepared(local: LocalKernels, dtype: torch.dtype, device: torch.device) -> _Prepared:
-    orbits, parts, start = local.orbits, [], 0
+    parts, start = [], 0
     if local.basis is not None:
-        bases = [local.basis]
-        if len(orbits) == 1:  # of one size, so that they may be put in any order
-            order, bases = _uncoupled(local.basis, torch.finfo(dtype).eps)
-            orbits = (orbits[0][order],)
-        weights = _sizes(orbits).sqrt() if orbits else torch.ones(local.basis.shape[1], dtype=torch.float64)
-        for basis in bases:
+        weights = _sizes(local.orbits).sqrt() if local.orbits else local.basis.new_ones(local.basis.shape[1])
+        for basis in local.parts if len(local.parts) > 0 and dtype != torch.float64 else (local.basis,):
             part = slice(start, start := start + basis.shape[1])
             weight = weights[part]
             parts.append((part, (basis * weight).T.to(device, dtype).contiguous(), (basis / weight).to(device, dtype)))
     return _Prepared(
-        tuple(entries.T.contiguous().to(device) for entries in orbits),
-        _labels(orbits).to(device),
+        tuple(entries.T.contiguous().to(device) for entries in local.orbits),
+        _labels(local.orbits).to(device),
         tuple(parts),
         tuple((g.to(device, dtype), h.to(device, dtype), move.to(device)) for g, h, move in local.generators or ()),
     )
 
 
-def _uncoupled(basis: Tensor, rounding: float) -> tuple[Tensor, list[Tensor]]:
+def _uncoupled(basis: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
     """Split the space that a basis (rank, n) spans into at most eight parts that share no coordinate.
 
-    Args:
-        basis: orthonormal.
-        rounding: relative; entries of the projection that are ten times smaller couple nothing.
+    Entries of the projection that are a tenth of float32's rounding couple nothing: samples are float32.
 
     Returns:
         An order of the coordinates, and orthonormal bases of the parts, each over the next coordinates in that order.
     """
     projection = basis.T @ basis
-    coupled, labels = projection.abs() > rounding / 10, torch.arange(len(projection))
-    while True:
-        smallest = torch.where(coupled, labels, len(labels)).amin(1).minimum(labels)
-        if torch.equal(smallest, labels):
-            break
-        labels = smallest
-    groups: list[list[int]] = [[]]
-    for label in torch.unique(labels):
-        if len(groups[-1]) >= len(labels) / 8:  # many small products cost more than a few larger ones
+    coupled = projection.abs() > _COUPLED
+    left, groups = torch.ones(len(projection), dtype=torch.bool), [[]]  # type: ignore[var-annotated]
+    while left.any():
+        if len(groups[-1]) >= len(left) / 8:  # many small products cost more than a few larger ones
             groups.append([])
-        groups[-1] += torch.nonzero(labels == label).flatten().tolist()
+        part = torch.zeros_like(left)
+        part[left.nonzero()[0]] = True
+        while not torch.equal(larger := part | coupled[part].any(0), part):
+            part = larger
+        groups[-1] += part.nonzero().flatten().tolist()
+        left &= ~part
+    if len(groups) == 1:
+        return torch.arange(len(left)), ()
     bases = []
     for group in groups:
         values, vectors = torch.linalg.eigh(projection[group][:, group])
         bases.append(vectors[:, values > 0.5].T.contiguous())
-    return torch.tensor([coordinate for group in groups for coordinate in group]), bases
+    if sum(map(len, bases)) != len(basis):  # many small entries were something together
+        return torch.arange(len(left)), ()
+    return torch.tensor([coordinate for group in groups for coordinate in group]), tuple(bases)
 
 
 def _sizes(orbits: tuple[Tensor, ...]) -> Tensor:
@@ -398,7 +400,12 @@ def _spanned(content: _Content) -> LocalKernels:
     _, sizes, directions = torch.linalg.svd(vectors, full_matrices=False)
     rank = int((sizes > 1e-5 * sizes.max()).sum())  # samples are float32
     dims = samples.shape[1], samples.shape[2], samples.shape[3]
-    return LocalKernels(content.digest, dims, rank, content.orbits, directions[:rank].contiguous(), None)
+    orbits, basis = content.orbits, directions[:rank].contiguous()
+    parts: tuple[Tensor, ...] = ()
+    if len(orbits) == 1:  # of one size, so that they may be put in any order
+        order, parts = _uncoupled(basis)
+        orbits, basis = (orbits[0][order],), basis[:, order]
+    return LocalKernels(content.digest, dims, rank, orbits, basis, None, parts)
 
 
 def _digest(*parts: Any) -> str:

@@ -362,6 +362,29 @@ BAD: dict[str, tuple[Callable[[Scene], Any], type[Exception], tuple[str, ...]]] 
         R,
         ("'ignore'", "expected 'raise', 'drop' or 'keep'"),
     ),
+    "finalize with a constant of a module that is not there": (
+        lambda s: ce.finalize(s.relaxed, lipschitz={"head": 1.0}),
+        R,
+        ("['head']", "expected names of its modules"),
+    ),
+    "relax what attention reads without calling": (
+        lambda s: ce.relax(
+            nn.MultiheadAttention(4, 1),
+            where=lambda name, m: name == "out_proj",
+            adapter=ce.adapters.linear("4x0e", "4x0e"),
+        ),
+        R,
+        ("'out_proj'", "never calls it", "where="),
+    ),
+    "relax what a fast path goes around": (
+        lambda s: ce.relax(
+            nn.TransformerEncoderLayer(4, 1, 4),
+            where=lambda name, m: name == "linear1",
+            adapter=ce.adapters.linear("4x0e", "1x1o+1x0e"),
+        ),
+        R,
+        ("'linear1'", "set_fastpath_enabled(False)"),
+    ),
     "finalize a plain model": (lambda s: ce.finalize(s.plain), R, ("no relaxed layer", "expected", "ce.relax(model)")),
     "assert on a broken model": (
         lambda s: ce.assert_equivariant(

@@ -768,3 +768,54 @@ def test_a_run_stopped_in_the_middle_of_its_schedule_is_refused() -> None:
         model(torch.randn(3, 4, 2)).square().mean().backward()
         optimizer.step()
     ce.finalize(model, optimizer=optimizer)
+
+
+# --- layers that others have a hand in --------------------------------------------------------------------------------
+
+
+def test_tied_weights_are_not_folded_into():
+    model = nn.ModuleList([nn.Linear(3, 3, bias=False), nn.Linear(3, 3, bias=False)]).double()
+    model[1].weight = model[0].weight
+    vectors = ce.representations.vectors(1)
+    ce.relax(
+        model,
+        where=lambda name, layer: name == "0",
+        adapter=ce.adapters.linear(vectors, vectors),
+        complement=False,
+    )
+    with torch.no_grad():
+        model[0].non_equivariant.weight.copy_(torch.eye(3))
+    before = model[0].weight.clone()
+    report = ce.finalize(model, fold=True, on_violation="drop")
+    assert torch.equal(model[1].weight, before)
+    assert report.layers[0].folded == 0 and report.layers[0].unfolded == pytest.approx(3**0.5)
+    assert any("which another layer shares" in note for note in report.notes)
+
+
+@pytest.mark.parametrize("complement", [True, False])
+def test_a_parametrization_put_on_a_relaxed_layer_survives(complement):
+    """Nor is anything folded into a weight that is computed from others by then."""
+    vectors = ce.representations.vectors(1)
+    model = ce.relax(
+        nn.Sequential(nn.Linear(3, 3, bias=False)),
+        where=lambda name, layer: name == "0",
+        adapter=ce.adapters.linear(vectors, vectors),
+        complement=complement,
+        init=1.0,
+    )
+    torch.nn.utils.parametrizations.weight_norm(model[0])
+    x = torch.randn(4, 3)
+    with ce.disabled(model):
+        before = model(x)
+    report = ce.finalize(model, fold=True, on_violation="drop")
+    assert torch.equal(model(x), before) and report.layers[0].folded == 0
+    assert isinstance(model[0], nn.Linear) and type(model[0]).__name__ == "ParametrizedLinear"
+    torch.nn.utils.parametrize.remove_parametrizations(model[0], "weight")
+    assert type(model[0]) is nn.Linear
+
+
+def test_expanded_buffers_are_left_where_they_are():
+    model, data = relax_sets(set_network()), batches()
+    model.register_buffer("mask", torch.ones(1).expand(8))
+    ce.finalize(model, on_violation="drop", batches=data, symmetry=SETS)
+    assert not ce.relaxations(model)

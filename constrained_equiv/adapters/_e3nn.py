@@ -242,11 +242,11 @@ def _fold_product(layer: Any, equivariant: Tensor, inputs: tuple[Any, ...] | Non
 
 
 def _constant_scalars(irreps: Any, features: Tensor) -> dict[int, Tensor]:
-    """Find the even scalars that have one value on a whole batch; the others of their block count as zero."""
+    """Find the even scalars with one value on a whole batch of two or more; others of their block count as zero."""
     constants = {}
     for i, ((mul, ir), where) in enumerate(zip(irreps, irreps.slices(), strict=True)):
         values = features[..., where].detach().reshape(-1, mul * ir.dim)
-        if ir.dim == 1 and ir.p == 1 and values.numel():
+        if ir.dim == 1 and ir.p == 1 and mul and len(values) > 1:
             lowest, highest = values.aminmax(dim=0)
             constant = highest - lowest <= 16 * torch.finfo(values.dtype).eps * highest.abs()
             if bool((constant & (highest != 0)).any()):

@@ -118,7 +118,7 @@ def _methods(base: type[nn.Module]) -> Methods:
 
 
 def _fold(layer: Any, equivariant: Tensor, inputs: object = None) -> Tensor:
-    if not layer.non_equivariant.plan.dense:
+    if not layer.non_equivariant.plan.dense or "weight" not in layer._parameters:  # by now computed from others
         return torch.zeros_like(equivariant)
     layer.weight.add_(equivariant)
     return equivariant

@@ -147,13 +147,13 @@ def _contract(matrix: Tensor, columns: Tensor) -> Tensor:
     if columns.ndim == 2:
         return nn.functional.linear(columns, matrix)
     flat = columns.flatten(2)
-    if columns.device.type == "cpu" and matrix.numel() > flat[0].numel():
+    if columns.device.type == "cpu" and flat.numel() and matrix.numel() > flat.shape[1:].numel():
         # Of a product with an expanded matrix, autograd makes one gradient per element of the batch and then their sum.
         # A convolution makes the sum alone, but is slow with few channels, and rounds to TF32 on CUDA.
         product = nn.functional.conv1d(flat, matrix.unsqueeze(-1))
     else:
         product = torch.bmm(matrix.expand(len(flat), -1, -1), flat)
-    return product.view(len(columns), -1, *columns.shape[2:])
+    return product.view(len(columns), len(matrix), *columns.shape[2:])
 
 
 def _diagonal(layer: Any, matrix: Tensor) -> Tensor:

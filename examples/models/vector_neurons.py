@@ -65,7 +65,7 @@ class VNLinear(nn.Linear):
             )
         # One batched product on the channel axis: no transposes, and not a convolution, which CUDA rounds to TF32.
         weight = self.weight.expand(len(input), -1, -1)
-        return torch.bmm(weight, input.flatten(2)).view(len(input), -1, *input.shape[2:])
+        return torch.bmm(weight, input.flatten(2)).view(len(input), len(self.weight), *input.shape[2:])
 
 
 class VNBatchNorm(nn.Module):

@@ -505,3 +505,22 @@ def test_deepcopies_of_relaxed_layers_are_independent():
 def test_the_table_names_layers_by_their_fields():
     text = str(ce.relaxations(relaxed(LAYERS["circular"]())))
     assert "1xirrep_1,1 + 1xregular + 1xirrep_1,1 -> 1xquotient" in text and "R2Conv" in text
+
+
+def test_the_step_of_split_kernels_compiles_in_one_graph():
+    """Of C_8, whose P falls into parts: finding them is no part of the step."""
+    layer = ce.relax(steerable.planar("C_8"), init=0.1)
+    optimizer = ce.ConstrainedOptimizer(torch.optim.Adam(layer.parameters()), ce.constraints.weight(layer, level=0.01))
+    given = [0.1 * torch.randn_like(p) for p in layer.parameters()]
+
+    def project(before):
+        for parameter, gradient in zip(layer.parameters(), given, strict=True):
+            parameter.grad = gradient.clone()
+        before()
+        return [p.grad for p in layer.parameters()]
+
+    project(optimizer._engine.before)  # what is worked out once
+    torch._dynamo.reset()
+    compiled = torch.compile(optimizer._engine.before, fullgraph=True, backend="aot_eager")
+    for found, expected in zip(project(compiled), project(optimizer._engine.before), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)

@@ -139,7 +139,9 @@ def test_constants_share_a_map_with_least_norm():
     torch.testing.assert_close(layer.weight.detach() - before, expected, rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("reason", ["no batch", "no constant", "zero", "weights per edge", "another mode"])
+@pytest.mark.parametrize(
+    "reason", ["no batch", "no constant", "one row", "two calls", "zero", "weights per edge", "another mode"]
+)
 @pytest.mark.usefixtures("float64_default")
 def test_what_cannot_be_folded_is_said(reason):
     o3 = pytest.importorskip("e3nn.o3")
@@ -158,10 +160,16 @@ def test_what_cannot_be_folded_is_said(reason):
     if reason in ("no constant", "zero"):
         y[:, 0] = torch.randn(6) if reason == "no constant" else 0.0
     batch = (torch.randn(6, layer.irreps_in1.dim), y, *weights)
+    if reason == "one row":  # says nothing of other rows
+        batch = (batch[0][:1], y[:1])
     before = [p.clone() for p in layer.parameters()]
     ce.relax(layer, complement=False, init=1.0)
     batches = None if reason == "no batch" else [batch]
-    report = ce.finalize(layer, fold=True, on_violation="drop", batches=batches, forward=lambda m, b: m(*b))
+
+    def forward(model: nn.Module, batch: tuple[Tensor, ...]) -> Tensor:
+        return model(*batch) + (model(batch[0], 2 * batch[1]) if reason == "two calls" else 0)
+
+    report = ce.finalize(layer, fold=True, on_violation="drop", batches=batches, forward=forward)
     assert report.layers[0].folded == 0 < report.layers[0].unfolded
     assert any("does not fit into its own weights" in note for note in report.notes)
     assert all(torch.equal(a, b) for a, b in zip(before, layer.parameters(), strict=True))

@@ -121,6 +121,12 @@ def test_features_of_another_layout_are_refused(axis, shape):
         layer(torch.zeros(shape, dtype=torch.float64))
 
 
+@pytest.mark.parametrize("shape", [(0, 4, 3), (0, 4, 3, 7), (2, 4, 3, 0)], ids=str)
+def test_nothing_in_nothing_out(shape):
+    layer = relaxed(VNLinear(4, 50), 1)
+    assert layer(torch.zeros(shape)).shape == (shape[0], 50, *shape[2:])
+
+
 @over_axes
 def test_non_contiguous_features(axis):
     layer = relaxed(layer_for(axis), axis)

@@ -2,6 +2,7 @@
 
 import copy
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -213,6 +214,39 @@ def test_frozen_terms_are_left_alone() -> None:
     optimizer = wrap(model, torch.optim.SGD, level=0.01)
     train(model, optimizer, *data(), 5)
     assert torch.equal(frozen.weight, before) and frozen.weight.grad is None
+
+
+MEASURES: dict[str, Callable[[nn.Module], Any]] = {
+    "weight": lambda m: ce.constraints.weight(m, level=0.01),
+    "per block": lambda m: ce.constraints.weight(m, level=0.01, per="block"),
+    "per model": lambda m: ce.constraints.weight(m, level=0.01, per="model"),
+    "non-equivariant": lambda m: ce.constraints.weight(m, level=0.01, part="non_equivariant"),
+    "relative": lambda m: ce.constraints.relative(m, level=0.01),
+    "activation": lambda m: ce.constraints.activation(m, level=0.01),
+    "lie": lambda m: ce.constraints.lie(m, level=0.01),
+    "gate": lambda m: ce.constraints.gate(m, level=0.01, type="inequality"),
+    "custom": lambda m: ce.constraints.custom(m, lambda t: t.weight.square().sum(), name="square", level=0.01),
+}
+
+
+@pytest.mark.parametrize("enforce", ["multipliers", "projection", "proximal"])
+@pytest.mark.parametrize("measure", MEASURES)
+def test_no_measure_and_no_route_moves_a_frozen_term(measure: str, enforce: Any) -> None:
+    if enforce == "proximal" and measure in ("per model", "activation", "lie", "custom"):
+        pytest.skip("no proximal step")
+    model = sets(gate=True)
+    frozen, trained = (relaxation.term for relaxation in ce.relaxations(model))
+    frozen.requires_grad_(False)
+    base = torch.optim.AdamW(model.parameters(), lr=0.02, weight_decay=0.1)
+    optimizer = ce.ConstrainedOptimizer(base, MEASURES[measure](model), enforce=enforce)
+    before = [[p.clone() for p in term.parameters()] for term in (frozen, trained)]
+    x = torch.randn(16, 4, 2)
+    for _ in range(5):
+        optimizer.zero_grad()
+        (model(x) - x.roll(1, 1)).square().mean().backward()
+        optimizer.step()
+    assert all(map(torch.equal, frozen.parameters(), before[0]))
+    assert not any(map(torch.equal, trained.parameters(), before[1]))
 
 
 def test_terms_are_frozen_and_released_in_the_middle() -> None:
@@ -593,3 +627,142 @@ def test_attaching_to_a_wrapped_optimizer_is_refused() -> None:
     model = Net()
     with pytest.raises(ce.errors.ConstraintError, match="already"):
         ce.attach(wrap(model), ce.constraints.weight(model, level=LEVEL))
+
+
+# --- copies, nesting, and what cannot be ---
+
+
+def sets(**options: Any) -> nn.Module:
+    points = ce.representations.permutation(4, channels=2)
+    adapter = ce.adapters.linear(points, points, axes=(-2, -1))
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    return ce.relax(model, where=lambda name, layer: isinstance(layer, nn.Linear), adapter=adapter, init=0.3, **options)
+
+
+def test_a_copy_made_under_a_scheduler_steps_itself() -> None:
+    model, x, y = Net(), *data()
+    optimizer = wrap(model)
+    torch.optim.lr_scheduler.StepLR(optimizer, 10)
+    other, copied = copy.deepcopy((model, optimizer))
+    before = copy.deepcopy(model)
+    train(other, copied, x, y, 3)
+    assert (optimizer.finished_steps, copied.finished_steps) == (0, 3)
+    assert same(model, before) and not same(other, before)
+
+
+@pytest.mark.parametrize("route", [ce.ConstrainedOptimizer, ce.attach])
+@pytest.mark.parametrize("first", ["wrapped", "attached"])
+def test_constraints_are_not_nested(first: str, route: Any) -> None:
+    model = Net()
+    record = ce.constraints.weight(model, level=LEVEL)
+    base: Any = torch.optim.SGD(model.parameters(), lr=0.1)
+    if first == "wrapped":
+        base = ce.ConstrainedOptimizer(base, record)
+    else:
+        ce.attach(base, record)
+    with pytest.raises(ce.errors.ConstraintError, match="pass all records at once"):
+        route(base, record)
+
+
+def test_a_base_that_maximises_is_refused() -> None:
+    model = Net()
+    base = torch.optim.SGD(model.parameters(), lr=0.1, maximize=True)
+    with pytest.raises(ce.errors.ConstraintError, match="maximize=True"):
+        ce.ConstrainedOptimizer(base, ce.constraints.weight(model, level=LEVEL))
+
+
+def test_an_equality_is_not_projected() -> None:
+    model = Net()
+    record = ce.constraints.weight(model, level=LEVEL, type="equality")
+    with pytest.raises(ce.errors.ConstraintError, match="expected an inequality"):
+        ce.ConstrainedOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), record, enforce="projection")
+
+
+def test_the_proximal_step_brings_a_negative_gate_to_zero() -> None:
+    model = sets(complement=False, gate=True)
+    for relaxation in ce.relaxations(model):
+        nn.init.constant_(relaxation.term.gate, -0.2)
+    base = torch.optim.SGD(model.parameters(), lr=0.1)
+    optimizer = ce.ConstrainedOptimizer(base, ce.constraints.gate(model), enforce="proximal")
+    for _ in range(40):
+        optimizer.zero_grad()
+        optimizer.step()
+    assert all(relaxation.term.gate == 0 for relaxation in ce.relaxations(model))
+
+
+@pytest.mark.parametrize("silent", [torch.zeros(16, 4, 2), torch.zeros(0, 4, 2)], ids=["zero", "empty"])
+def test_a_batch_without_output_moves_no_relative_term(silent: Tensor) -> None:
+    points = ce.representations.permutation(4, channels=2)
+    adapter = ce.adapters.linear(points, points, axes=(-2, -1))
+    model = ce.relax(nn.Linear(2, 2, bias=False), where=lambda name, layer: True, adapter=adapter, init=0.1)
+    optimizer = ce.ConstrainedOptimizer(torch.optim.Adam(model.parameters()), ce.constraints.relative(model, level=0.5))
+    x = torch.randn(16, 4, 2)
+    for features in (x, silent, x):
+        optimizer.zero_grad()
+        (model(features) - features.roll(1, 1)).square().sum().backward()
+        optimizer.step()
+    assert (optimizer.readings().multipliers < 1).all() and (optimizer.readings().values < 2).all()
+
+
+CLOSED: dict[str, Any] = {
+    "simultaneous": (None, {"order": "simultaneous"}),
+    "linear slack": ("linear", {}),
+    "quadratic slack": ("quadratic", {}),
+}
+
+
+@pytest.mark.parametrize("case", CLOSED)
+def test_a_closure_returns_the_number_whose_gradient_it_writes(case: str) -> None:
+    """Finite differences of the Lagrangian along one direction, in one step: what a line search relies on."""
+    cost, options = CLOSED[case]
+    model, x, y = Net(), *data()
+    record = ce.constraints.weight(model, level=0.01)
+    if cost is not None:
+        record = ce.constraints.resilient(record, price=0.05, cost=cost)
+    found = []
+
+    class Probe(torch.optim.SGD):
+        def step(self, closure: Any = None) -> Any:
+            parameters = [p for group in self.param_groups for p in group["params"]]
+            first = closure()
+            directions = [p.grad.clone() for p in parameters]
+            slope = sum(d.square().sum() for d in directions)
+            values = []
+            for h in (1e-6, -2e-6):
+                with torch.no_grad():
+                    torch._foreach_add_(parameters, directions, alpha=h)
+                values.append(closure().detach())
+            with torch.no_grad():
+                torch._foreach_add_(parameters, directions, alpha=1e-6)
+            found.append((float(slope), float(values[0] - values[1]) / 2e-6))
+            return first
+
+    base = Probe(model.parameters(), lr=0.1)
+    optimizer = ce.ConstrainedOptimizer(base, record, **options)
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        value = loss(model, x, y)
+        value.backward()
+        return value
+
+    for _ in range(3):
+        optimizer.step(closure)
+    for slope, difference in found:
+        assert difference == pytest.approx(slope, rel=1e-4)
+
+
+def test_a_step_under_autocast_projects_in_full_precision() -> None:
+    model = sets()
+    optimizer = ce.ConstrainedOptimizer(
+        torch.optim.Adam(model.parameters(), lr=0.1), ce.constraints.weight(model, level=1)
+    )
+    x = torch.randn(16, 4, 2)
+    for _ in range(3):
+        optimizer.zero_grad()
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            (model(x) - x.roll(1, 1)).square().mean().backward()
+            optimizer.step()
+    for relaxation in ce.relaxations(model):
+        weight = relaxation.term.weight.detach()
+        assert relaxation.term.projection.project(weight[None]).norm() < 1e-6 * weight.norm()
