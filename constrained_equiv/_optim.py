@@ -252,7 +252,12 @@ class ConstrainedOptimizer(torch.optim.Optimizer):
 
         A plain optimizer of the base's class loads it too and ignores the extra key.
         """
-        return {**self.base.state_dict(), _KEY: self._engine.state_dict()}
+        for hook in self._optimizer_state_dict_pre_hooks.values():
+            hook(self)
+        state: dict[str, Any] = {**self.base.state_dict(), _KEY: self._engine.state_dict()}
+        for changed in self._optimizer_state_dict_post_hooks.values():
+            state = changed(self, state) or state
+        return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state of this class, or a plain one of the base's class, which leaves constraints as they are.
@@ -260,12 +265,16 @@ class ConstrainedOptimizer(torch.optim.Optimizer):
         Raises:
             CheckpointError: if the constraints of the checkpoint are others than this optimizer's; nothing was loaded.
         """
+        for changed in self._optimizer_load_state_dict_pre_hooks.values():
+            state_dict = changed(self, state_dict) or state_dict
         own = state_dict.get(_KEY)
         if own is not None:
             self._engine.check_state_dict(own)
         self.base.load_state_dict({key: value for key, value in state_dict.items() if key != _KEY})
         if own is not None:
             self._engine.load_state_dict(own)
+        for hook in self._optimizer_load_state_dict_post_hooks.values():
+            hook(self)
 
 
 class ConstraintState:

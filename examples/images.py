@@ -5,7 +5,7 @@
     python -m examples.images --reflections --rotations 4       # another group
 
 The published setting: `--samples 10000 --width 24 --epochs 40 --batch 64` (a GPU). The term is a kernel, added to
-the expanded filter of each `R2Conv`, so that one convolution does both.
+the expanded filter of each `R2Conv`, so that one convolution does both. Needs escnn.
 """
 
 import argparse

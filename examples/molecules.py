@@ -3,8 +3,8 @@
     python -m examples.molecules                                # a simulated chain, a few minutes on two CPU cores
     python -m examples.molecules --data FOLDER --molecule ethanol    # with rmd17_ethanol.npz: revised MD17
 
-The published setting: `--samples 950 --hidden 64x0e+64x1o+64x2e --layers 5 --epochs 1000 --batch 5` (a GPU). Forces are
-gradients of the energy by autograd, through the relaxed layers as well.
+The published setting: `--samples 950 --hidden 64x0e+64x1o+64x2e --lmax 2 --layers 5 --epochs 4000 --batch 5` (thousands
+of epochs, on a GPU). Forces are gradients of the energy by autograd, through the relaxed layers as well.
 """
 
 import argparse
@@ -59,7 +59,7 @@ def make_task(options: argparse.Namespace) -> Task:
             train.numbers.unique().tolist(),
             hidden=command.widened(options.hidden, width),
             layers=options.layers,
-            lmax=1,
+            lmax=options.lmax,
             scale=unit,
         ),
         train=tensors(train),
@@ -89,6 +89,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--molecule", choices=rmd17.MOLECULES, default="ethanol")
     parser.add_argument("--hidden", default="16x0e+16x1o", help="irreps of the features")
     parser.add_argument("--layers", type=int, default=2)
+    parser.add_argument("--lmax", type=int, default=1, help="highest degree of the harmonics of an edge")
     return parser.parse_args(arguments)
 
 

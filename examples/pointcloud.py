@@ -4,7 +4,7 @@
     python -m examples.pointcloud --data FOLDER                 # with modelnet10_pc1024.npz: ModelNet10
     python -m examples.pointcloud --model dgcnn --resume
 
-The published setting: `--samples 3592 --points 300 --width 64 --epochs 250 --batch 32` (a GPU). nn.Linear does not tell
+The published setting: `--samples 3592 --points 300 --width 64 --epochs 200 --batch 24` (a GPU). nn.Linear does not tell
 that its features are vectors, so the lines that use the library say so: `where` and `adapter` below.
 """
 

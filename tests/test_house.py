@@ -129,7 +129,7 @@ constrained_equiv.intertwiners.MapBlock(name, places, equivariant)
 constrained_equiv.intertwiners.Projection
 constrained_equiv.intertwiners.intertwiners(inputs, outputs, *, group=None)
 constrained_equiv.kernels.Kernels(shape, outputs, inputs, local, transposed=False)
-constrained_equiv.kernels.LocalKernels(digest, dims, rank, orbits, basis, generators)
+constrained_equiv.kernels.LocalKernels(digest, dims, rank, orbits, basis, generators, parts=())
 constrained_equiv.kernels.averaged(outputs, inputs, moves, generators)
 constrained_equiv.kernels.orbits_of(outputs, inputs, moves)
 constrained_equiv.kernels.permuted(points, matrices)

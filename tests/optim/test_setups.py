@@ -766,3 +766,16 @@ def test_a_step_under_autocast_projects_in_full_precision() -> None:
     for relaxation in ce.relaxations(model):
         weight = relaxation.term.weight.detach()
         assert relaxation.term.projection.project(weight[None]).norm() < 1e-6 * weight.norm()
+
+
+def test_hooks_of_the_state_dict_run_on_the_wrapper() -> None:
+    model = Net()
+    optimizer, seen = wrap(model), []
+    optimizer.register_state_dict_pre_hook(lambda o: seen.append(("save", o)))
+    optimizer.register_state_dict_post_hook(lambda o, state: {**state, "note": 1})
+    optimizer.register_load_state_dict_pre_hook(lambda o, state: {k: v for k, v in state.items() if k != "note"})
+    optimizer.register_load_state_dict_post_hook(lambda o: seen.append(("loaded", o)))
+    state = optimizer.state_dict()
+    assert state["note"] == 1 and "constrained" in state
+    optimizer.load_state_dict(state)
+    assert seen == [("save", optimizer), ("loaded", optimizer)]
