@@ -123,9 +123,9 @@ def test_the_number_of_operations_is_constant_in_the_number_of_terms(record: str
     assert sum(found[0].values()) < 400  # most of them views
 
 
-@pytest.mark.parametrize(("complement", "most"), [(False, 22), (True, 43)])
+@pytest.mark.parametrize(("complement", "most"), [(False, 20), (True, 41)])
 def test_the_usual_step_is_short(complement: bool, most: int) -> None:
-    """Each operation counts where terms are few and small; four are the profiler marks of both optimizers."""
+    """Each operation counts where terms are few and small; two are the profiler marks of the base."""
     model = nn.ModuleList(nn.Linear(8, 8) for _ in range(10))
     adapter = ce.adapters.linear("2x0e + 2x1o", "2x0e + 2x1o")
     ce.relax(model, where=lambda n, m: isinstance(m, nn.Linear), adapter=adapter, complement=complement, init=0.1)

@@ -105,6 +105,30 @@ def test_step_hooks_run_around_the_constrained_step() -> None:
     assert seen == [("before", 0), ("after", 1)]
 
 
+def test_step_hooks_may_be_global_and_replace_the_closure() -> None:
+    """As torch has it: hooks of all optimizers run around those of one, and what a hook returns takes the place."""
+    model, x, y = Net(), *data()
+    optimizer, seen = wrap(model), []
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        value = loss(model, x, y)
+        value.backward()
+        return value
+
+    every = torch.optim.optimizer
+    handles = [
+        every.register_optimizer_step_pre_hook(lambda o, *_: seen.append(f"before {type(o).__name__}")),
+        every.register_optimizer_step_post_hook(lambda o, *_: seen.append(f"after {type(o).__name__}")),
+        optimizer.register_step_pre_hook(lambda o, args, kwargs: ((args[0], closure), kwargs)),
+    ]
+    assert optimizer.step() is not None  # the loss of the closure that the hook gave
+    for handle in handles:
+        handle.remove()
+    own, base = "ConstrainedOptimizer", "Adam"
+    assert seen == [f"before {own}", f"before {base}", f"after {base}", f"after {own}"]
+
+
 def test_accumulation_equals_the_big_batch() -> None:
     model, other = twins()
     x, y = data()
