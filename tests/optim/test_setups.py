@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.optim import optimizer as every
 
 import constrained_equiv as ce
 from tests.optim.toys import points
@@ -116,7 +117,6 @@ def test_step_hooks_may_be_global_and_replace_the_closure() -> None:
         value.backward()
         return value
 
-    every = torch.optim.optimizer
     handles = [
         every.register_optimizer_step_pre_hook(lambda o, *_: seen.append(f"before {type(o).__name__}")),
         every.register_optimizer_step_post_hook(lambda o, *_: seen.append(f"after {type(o).__name__}")),
