@@ -35,8 +35,9 @@ def _with_hooks(step: Callable[..., Any]) -> Any:
     """
 
     @wraps(step)
-    def hooked(self: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> Any:
-        given: tuple[Any, ...] = (self, *args)
+    def hooked(self: torch.optim.Optimizer, closure: Callable[[], Any] | None = None) -> Any:
+        given: tuple[Any, ...] = (self,) if closure is None else (self, closure)
+        kwargs: dict[str, Any] = {}
         for hook in chain(
             _torch_optimizer._global_optimizer_pre_hooks.values(), self._optimizer_step_pre_hooks.values()
         ):
