@@ -196,6 +196,9 @@ def test_p_onto_a_span_is_the_same_with_orbits(parts):
     blocks = torch.randn(7, 4 * 4 * 9, dtype=torch.float64)
     assert plain.rank == faster.rank == 2 * parts and plain != faster
     torch.testing.assert_close(plain.project(blocks), faster.project(blocks), rtol=0, atol=1e-13)
+    assert (len(faster.parts) > 1) == (parts > 1) and sum(map(len, faster.parts)) in (0, faster.rank)
+    single = faster.project(blocks.float()).double()  # float64 takes the basis whole
+    torch.testing.assert_close(plain.project(blocks), single, rtol=0, atol=1e-5)
 
 
 @over_spaces
