@@ -8,6 +8,7 @@ layers. On several machines, start the same command on each with torchrun's --nn
 """
 
 import argparse
+import gc
 import os
 
 import torch
@@ -88,7 +89,8 @@ def main() -> None:
     if cuda:
         torch.cuda.set_device(device)
     train(options, device)
-    dist.destroy_process_group()  # after the parallel model, which holds on to the group, is gone
+    gc.collect()  # the sharded model, in circles of references, holds on to the group; its threads must end with that
+    dist.destroy_process_group()
 
 
 if __name__ == "__main__":
