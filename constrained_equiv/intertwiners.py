@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from constrained_equiv import representations
+from constrained_equiv._constants import constant
 from constrained_equiv.errors import RepresentationError
 from constrained_equiv.groups import O3, Group
 from constrained_equiv.representations import Atom, Block, Representation, every_pair
@@ -298,7 +299,7 @@ def _copies(block: Tensor, outputs: Block, inputs: Block) -> Tensor:
     return view.permute(*range(lead), *(lead + axis for axis in order))
 
 
-@lru_cache(maxsize=4096)
+@constant
 def _local_basis(
     group: Group, out: Atom, into: Atom, dtype: torch.dtype = torch.float64, device: torch.device | None = None
 ) -> Tensor:
@@ -352,7 +353,7 @@ def _null_space(group: Group, out: Atom, into: Atom) -> Tensor:
     return solutions
 
 
-@lru_cache(maxsize=4096)
+@constant
 def _atom_generators(
     group: Group, atom: Atom, dtype: torch.dtype = torch.float64, device: torch.device | None = None
 ) -> Tensor:

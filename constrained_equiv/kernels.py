@@ -16,7 +16,7 @@ the grid does not carry the group, P is onto the span of sampled kernels, by an 
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import cached_property, lru_cache
+from functools import cached_property
 from itertools import accumulate, groupby
 from math import prod
 from typing import Any, NamedTuple, TypeAlias
@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from constrained_equiv import _tensors
+from constrained_equiv._constants import constant
 from constrained_equiv.errors import ConstraintError, RepresentationError
 from constrained_equiv.intertwiners import MapBlock
 
@@ -271,7 +272,7 @@ class Kernels:
         return flat.transpose(1, 2) if self.transposed else flat
 
 
-@lru_cache(maxsize=1024)
+@constant
 def _places(outputs: tuple[Field, ...], b: Field, inputs: tuple[Field, ...], a: Field, device: torch.device) -> Any:
     """Where the channels of one pair of field types are: two slices, or two index tensors that broadcast."""
     rows, columns = (_channels_of(fields, one) for fields, one in ((outputs, b), (inputs, a)))
@@ -319,7 +320,7 @@ class _Prepared(NamedTuple):
     generators: tuple[tuple[Tensor, Tensor, Tensor], ...]
 
 
-@lru_cache(maxsize=1024)
+@constant
 def _prepared(local: LocalKernels, dtype: torch.dtype, device: torch.device) -> _Prepared:
     parts, start = [], 0
     if local.basis is not None:
@@ -390,7 +391,7 @@ class _Content:
     orbits: tuple[Tensor, ...] = field(compare=False)
 
 
-@lru_cache(maxsize=256)
+@constant
 def _spanned(content: _Content) -> LocalKernels:
     samples = content.samples.detach().cpu().double()
     vectors = samples.flatten(1)

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from constrained_equiv import groups
+from constrained_equiv._constants import constant
 from constrained_equiv.errors import RepresentationError
 from constrained_equiv.groups import Group
 
@@ -155,7 +156,7 @@ def _derivative(atom: Atom, direction: Tensor) -> Tensor:
 # --- O(3) and SO(3) -------------------------------------------------------------------------------------------------
 
 
-@lru_cache
+@constant
 def rotation_generators(degree: int) -> Tensor:
     """Return d D^l of the cross products with x, y, z in e3nn's real basis, (3, 2l + 1, 2l + 1) float64.
 

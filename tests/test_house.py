@@ -22,7 +22,7 @@ PACKAGE = ROOT / "constrained_equiv"
 
 # Every file of the package, in the order in which it may be imported: a file imports only files above it.
 ORDER = """
-    errors _table _tensors schedules groups representations intertwiners kernels actions _symmetry
+    errors _table _constants _tensors schedules groups representations intertwiners kernels actions _symmetry
     _verify _lie _trace _inner _findings _audit _certificate
     _terms _stacks
     adapters._base adapters._linear adapters._vector_neurons adapters._e3nn adapters._escnn adapters

@@ -12,7 +12,7 @@ with a stride is equivariant only where (size + 2 padding - dilation (k - 1) - 1
 import math
 import warnings
 from dataclasses import dataclass, field
-from functools import cache, lru_cache
+from functools import cache
 from itertools import groupby
 from typing import Any
 
@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from constrained_equiv._constants import constant
 from constrained_equiv._terms import CHILD
 from constrained_equiv.adapters._base import Adapter, Methods, Site
 from constrained_equiv.errors import RelaxationError
@@ -100,7 +101,7 @@ class _Space:
     gspace: Any = field(compare=False)
 
 
-@lru_cache(maxsize=512)
+@constant
 def _averaged(
     named: _Space, out: Any, into: Any, grid: bytes, shape: tuple[int, int]
 ) -> tuple[LocalKernels | None, tuple[Tensor, ...]]:

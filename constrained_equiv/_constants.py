@@ -1,0 +1,28 @@
+"""Constants: tensors that are worked out once and kept.
+
+What enters: a function that makes tensors of hashable arguments. What leaves: the same function with a memory.
+Law: what is kept serves every later caller: whatever its first one had switched on, it is made outside inference mode,
+without a graph, and on the CPU unless the function itself names a device.
+"""
+
+from collections.abc import Callable
+from functools import lru_cache, wraps
+from typing import TypeVar
+
+import torch
+
+_Made = TypeVar("_Made", bound=Callable[..., object])
+
+
+def constant(make: _Made) -> _Made:
+    """Remember the results of a function."""
+
+    @lru_cache(maxsize=4096)
+    @wraps(make)
+    def remembered(*arguments: object) -> object:
+        if torch.compiler.is_compiling():  # a compiler looks into the function, and keeps nothing
+            return make(*arguments)
+        with torch.inference_mode(False), torch.no_grad(), torch.device("cpu"):
+            return make(*arguments)
+
+    return remembered  # type: ignore[return-value]
