@@ -11,75 +11,43 @@ dispatched operations does not depend on the number of terms per distinct shape.
 """
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial, wraps
 from itertools import compress
-from typing import Any, Literal, NamedTuple, TypeAlias, TypeVar, cast
+from typing import Any, Concatenate, NamedTuple, ParamSpec
 
 import torch
 from torch import Tensor, nn
 
 from constrained_equiv import _tensors
-from constrained_equiv._dual import DualFactory, DualName, FormulationName, MultiplierFactory, Multipliers
+from constrained_equiv._dual import Multipliers
+from constrained_equiv._levels import Levels
+from constrained_equiv._options import Options, Record, check, check_records
 from constrained_equiv._stacks import Terms
 from constrained_equiv._terms import NonEquivariantTerm
 from constrained_equiv.constraints import Constraint, Penalty, ScaleSchedule, norm_shares
-from constrained_equiv.errors import CheckpointError, ConstraintError, NonFiniteError
+from constrained_equiv.errors import CheckpointError, NonFiniteError
 from constrained_equiv.intertwiners import Projection
-from constrained_equiv.schedules import Joined, Ramp, Schedule, value_at
-
-Record: TypeAlias = Constraint | Penalty | ScaleSchedule
-Order: TypeAlias = Literal["dual-primal", "simultaneous", "primal-dual"]
-Enforce: TypeAlias = Literal["multipliers", "projection", "proximal"]
-AtZero: TypeAlias = Literal["clear", "multipliers"]
-OnNonFinite: TypeAlias = Literal["ignore", "skip", "raise"]
+from constrained_equiv.schedules import value_at
 
 _VERSION = 1
-_KNOWN: Mapping[str, tuple[str, ...]] = {
-    "order": ("dual-primal", "simultaneous", "primal-dual"),
-    "enforce": ("multipliers", "projection", "proximal"),
-    "at_zero": ("clear", "multipliers"),
-    "on_nonfinite": ("ignore", "skip", "raise"),
-}
+_Arguments = ParamSpec("_Arguments")
 
 
-@dataclass(frozen=True, kw_only=True)
-class Options:
-    """How constraints are enforced; documented at `ConstrainedOptimizer`."""
-
-    formulation: FormulationName | type[Any] = "augmented_lagrangian"
-    penalty: float = 1.0
-    penalty_growth: float = 1.0
-    dual: DualName | DualFactory = "sgd"
-    dual_lr: float | None = None
-    multiplier: MultiplierFactory | None = None
-    order: Order = "dual-primal"
-    enforce: Enforce = "multipliers"
-    at_zero: AtZero = "clear"
-    on_nonfinite: OnNonFinite = "ignore"
-
-    def __post_init__(self) -> None:
-        for name, known in _KNOWN.items():
-            if getattr(self, name) not in known:
-                raise ConstraintError(f"{name}={getattr(self, name)!r}: expected one of {known}")
-
-
-_Method = TypeVar("_Method", bound=Callable[..., None])
-
-
-def _in_own_precision(method: _Method) -> _Method:
+def _in_own_precision(
+    method: Callable[Concatenate["Engine", _Arguments], None],
+) -> Callable[Concatenate["Engine", _Arguments], None]:
     """Leave autocast for a method of `Engine`: in bfloat16 a projection would be orthogonal to three digits."""
 
     @wraps(method)
-    def run(self: "Engine", *args: Any, **kwargs: Any) -> None:
-        kind = self.levels.device.type
+    def run(self: "Engine", /, *args: _Arguments.args, **kwargs: _Arguments.kwargs) -> None:
+        kind = self.values.device.type
         if not torch.is_autocast_enabled(kind):
             return method(self, *args, **kwargs)
         with torch.autocast(kind, enabled=False):
             return method(self, *args, **kwargs)
 
-    return cast(_Method, run)
+    return run
 
 
 class Readings(NamedTuple):
@@ -130,15 +98,9 @@ class Engine:
     """What surrounds a base step."""
 
     def __init__(self, base: torch.optim.Optimizer, records: tuple[Record, ...], options: Options) -> None:
-        if unknown := [record for record in records if not isinstance(record, Record)]:
-            raise ConstraintError(f"constraint {unknown[0]!r}: expected a record of ce.constraints")
-        if not records:
-            raise ConstraintError(
-                "no constraint was given: expected for example ce.constraints.weight(model, level=...)"
-            )
+        check_records(records)
         self.base, self.options = base, options
         self.step = 0
-        self.scales = tuple(record for record in records if isinstance(record, ScaleSchedule))
         self.penalties = tuple(record for record in records if isinstance(record, Penalty))
         stated = [record for record in records if isinstance(record, Constraint)]
         self.records = tuple(sorted(stated, key=lambda record: record.type == "equality"))
@@ -150,14 +112,16 @@ class Engine:
             for entry in part
         )
         self.terms = Terms.of(list(_unique(records)))
-        self._check()
+        check(base, self.terms, self.names, self.records, options)
         self._charged: list[Constraint | Penalty] = [*self.records, *self.penalties]
         for stack in self.terms.stacks:
             _tensors.adjoin_(self.terms.weights()[stack])
         self.multipliers = self._make_multipliers() if self.records else None
         weight = self.terms.modules[0].weight
         zeros = partial(torch.zeros, len(self.names), dtype=self.terms.precision, device=weight.device)
-        self.values, self.levels, self.excess, self.slacks = zeros(), zeros(), zeros(), zeros()
+        self.values, self.excess, self.slacks = zeros(), zeros(), zeros()
+        scales = [record for record in records if isinstance(record, ScaleSchedule)]
+        self.levels = Levels(self.records, self.slices, scales, zeros())
         self.violations = self.excess if not self._resilient else zeros()
         position = {id(term): i for i, term in enumerate(self.terms.modules)}
         self._places = [
@@ -165,9 +129,7 @@ class Engine:
             for record in self._charged
         ]
         self._aligned = [record.terms.modules == self.terms.modules for record in self._charged]
-        self._slopes: list[Tensor] = [self.levels] * len(self._charged)
-        self._levels = [0.0] * len(self.records)
-        self._compared = list(self._levels)
+        self._slopes: list[Tensor] = [self.values] * len(self._charged)
         self._trained = self._warned = False
         self._idle = 0
         self._pending: Tensor | None = None
@@ -206,8 +168,7 @@ class Engine:
     @torch.no_grad()
     def _take_up(self) -> None:
         """Take up the schedules at the current step, without touching the terms."""
-        self._write_levels()
-        self._write_scales()
+        self.levels.move_to(self.step)
         self._set_pinned(self._to_pin())
 
     # --- a step ---
@@ -257,8 +218,7 @@ class Engine:
             self._measure(synchronise=False)
             self.multipliers.ascend(self.violations)
         self.step += 1
-        self._write_levels()
-        self._write_scales()
+        self.levels.move_to(self.step)
         if self.options.enforce == "projection":
             self._project_onto_balls()
         self._pin()
@@ -289,20 +249,17 @@ class Engine:
 
     def readings(self) -> Readings:
         """Return copies of the vectors."""
-        levels = self.levels.clone()
-        for part, now, compared in zip(self.slices, self._levels, self._compared, strict=True):
-            if now != compared:
-                levels[part].fill_(compared)
+        levels = self.levels.last_compared()
         multipliers = self.values if self.multipliers is None else self.multipliers.values.to(self.values)
         return Readings(self.step, self.names, self.values.clone(), levels, multipliers.clone(), self.slacks.clone())
 
     def release(self) -> None:
         """Forget all constraints."""
-        self.records, self.scales, self.penalties, self.names, self.slices = (), (), (), (), ()
+        self.records, self.penalties, self.names, self.slices = (), (), (), ()
         self.terms = Terms((), (), ())
         self._charged = []
         self.multipliers = None
-        self._levels, self._compared = [], []
+        self.levels = Levels((), (), (), self.levels.bounds)
         self._set_pinned([])
 
     # --- state ---
@@ -335,7 +292,7 @@ class Engine:
             self.multipliers.load_state_dict(state["dual"])
         self.step, self._trained = state["step"], state["trained"]
         self._take_up()
-        self._compared = list(self._levels)
+        self.levels.compare()
 
     # --- parts of a step ---
 
@@ -353,9 +310,9 @@ class Engine:
             if synchronise and record.measure.synchronise is not None:
                 record.measure.synchronise(record.terms)
             self._value(at, out=self._part(self.values, part))
-        torch.sub(self.values, self.levels, out=self.excess)
+        torch.sub(self.values, self.levels.bounds, out=self.excess)
         self.excess.nan_to_num_(0.0, 0.0, 0.0)  # what is not finite moves no multiplier
-        self._compared = list(self._levels)
+        self.levels.compare()
         self._give_way()
 
     def _value(self, at: int, *, out: Tensor | None = None) -> Tensor:
@@ -426,7 +383,7 @@ class Engine:
             shares = norm_shares(coefficients, self._slopes[at], values)
             if not self._aligned[at]:
                 place = self._places[at]
-                shares = self.levels.new_zeros(len(self.terms)).index_add_(0, place, shares)
+                shares = self.values.new_zeros(len(self.terms)).index_add_(0, place, shares)
             total = shares if total is None else total + shares
         return total
 
@@ -453,7 +410,7 @@ class Engine:
     def _project_onto_balls(self) -> None:
         """Scale what is constrained by min(1, level / value); every measure is homogeneous in it."""
         for record, part in zip(self.records, self.slices, strict=True):
-            values, levels = record.measure.values(record.terms).to(self.levels).abs(), self.levels[part]
+            values, levels = record.measure.values(record.terms).to(self.values).abs(), self.levels.bounds[part]
             self._rescale(record, torch.where(values > levels, levels / values, 1.0))
 
     def _shrink(self) -> None:
@@ -461,7 +418,7 @@ class Engine:
         for record, part, pinned in self._stated():
             if pinned:
                 continue
-            values = record.measure.values(record.terms).to(self.levels)  # signed, like its coefficient
+            values = record.measure.values(record.terms).to(self.values)  # signed, like its coefficient
             slopes = 1.0 if record.measure.slope is None else record.measure.slope(record.terms).square()
             pull = self._rates(record) * slopes * self._coefficients[part]
             self._rescale(record, torch.where(values != 0, 1.0 - pull / values, 1.0).clamp_min_(0))
@@ -472,7 +429,7 @@ class Engine:
         rates = [rate[id(weight)] for weight in record.terms.weights()]
         if all(r is rates[0] or (isinstance(r, float) and r == rates[0]) for r in rates):
             return rates[0]  # type: ignore[no-any-return]
-        single = torch.stack([torch.as_tensor(r, device=self.levels.device) for r in rates]).to(self.levels)
+        single = torch.stack([torch.as_tensor(r, device=self.values.device) for r in rates]).to(self.values)
         return record.terms.spread(single, record.measure.part, record.measure.per)
 
     def _rescale(self, record: Constraint, factors: Tensor) -> None:
@@ -501,7 +458,7 @@ class Engine:
                 _tensors.zero_(record.terms.weights())
             elif now:  # by 0, what is frozen too
                 weights = record.terms.weights()
-                record.terms.rescale_(weights, record.measure.part, record.measure.per, self.levels[part])
+                record.terms.rescale_(weights, record.measure.part, record.measure.per, self.levels.bounds[part])
 
     def _to_pin(self) -> list[bool]:
         """Which records' levels are 0 and end what they constrain."""
@@ -511,7 +468,7 @@ class Engine:
             and record.type == "inequality"
             and record.slack is None
             and record.measure.target == "weight"
-            for record, level in zip(self.records, self._levels, strict=True)
+            for record, level in zip(self.records, self.levels.now, strict=True)
         ]
 
     def _set_pinned(self, pinned: list[bool]) -> None:
@@ -529,39 +486,18 @@ class Engine:
             if terms:
                 self._awake.append(_Stack(terms[0], places, [_parameters(term) for term in terms]))
 
-    def _write_levels(self) -> None:
-        for i, (record, part) in enumerate(zip(self.records, self.slices, strict=True)):
-            level = value_at(record.level, self.step)
-            if level < 0 and record.type == "inequality":
-                raise ConstraintError(
-                    f"level {level} at step {self.step}: expected a bound >= 0, for {record.measure.name} is never "
-                    "negative"
-                )
-            if level != self._levels[i]:
-                self.levels[part].fill_(level)
-                self._levels[i] = level
-
-    def _write_scales(self) -> None:
-        for record in self.scales:
-            _tensors.fill_(record.terms.scales(), value_at(record.schedule, self.step))
-
     def _waiting(self) -> bool:
         """Whether this step moves nothing: checkpoint helpers take one with all rates 0 to create state."""
         return all(isinstance(g["lr"], int | float) and not g["lr"] for g in self.base.param_groups)
-
-    def settled(self) -> bool:
-        """Whether all levels and scales have reached their end; a schedule of the user's own ends where it is 0."""
-        schedules = [record.level for record in self.records] + [record.schedule for record in self.scales]
-        return all(_ended(schedule, self.step) for schedule in schedules)
 
     def _frozen(self) -> bool:
         """Whether the terms cannot move, so that multipliers would wind up; only rates known to the host count."""
         frozen = all(isinstance(group["lr"], int | float) and group["lr"] == 0 for group in self._groups())
         meant = self._idle > 1 or not self._waiting()  # and is not what a checkpoint helper does, once or twice
-        if frozen and meant and self._trained and not self._warned and any(level > 0 for level in self._levels):
+        if frozen and meant and self._trained and not self._warned and any(level > 0 for level in self.levels.now):
             self._warned = True
             warnings.warn(
-                f"step {self.step}: the learning rate of the terms is 0 while a level is {max(self._levels):.3g}: "
+                f"step {self.step}: the learning rate of the terms is 0 while a level is {max(self.levels.now):.3g}: "
                 "the terms are frozen and cannot follow; end the level schedule before the learning-rate schedule",
                 stacklevel=4,
             )
@@ -571,67 +507,6 @@ class Engine:
     def _groups(self) -> list[dict[str, Any]]:
         """The base's parameter groups that are marked as those of terms, or all."""
         return [group for group in self.base.param_groups if group.get("terms")] or self.base.param_groups
-
-    # --- checks of what was asked for ---
-
-    def _check(self) -> None:
-        if repeated := sorted({name for name in self.names if self.names.count(name) > 1}):
-            raise ConstraintError(
-                f"{repeated[0]!r} is constrained twice: expected each layer once per measure; use where="
-            )
-        known = {id(p) for group in self.base.param_groups for p in group["params"]}
-        missing = [
-            name
-            for name, term in zip(self.terms.names, self.terms.modules, strict=True)
-            if any(id(p) not in known for p in term.parameters())
-        ]
-        if missing:
-            raise ConstraintError(
-                f"the base optimizer does not hold the terms of {missing}: build it after ce.relax(model), for example "
-                "torch.optim.AdamW(ce.parameter_groups(model, lr=1e-3))"
-            )
-        terms = {id(p) for term in self.terms.modules for p in term.parameters()}
-        if any(g.get("maximize") and any(id(p) in terms for p in g["params"]) for g in self.base.param_groups):
-            raise ConstraintError(
-                "the base optimizer has maximize=True, so that it would push terms away from their levels: expected "
-                "one that minimises, and a loss of the other sign"
-            )
-        for record in self.records:
-            if self.options.enforce == "projection" and record.type == "equality":
-                raise ConstraintError(
-                    f"enforce='projection' of an equality ({record.measure.name}): expected an inequality, onto whose "
-                    "ball terms are scaled, or enforce='multipliers'"
-                )
-            if self.options.enforce == "proximal" and record.measure.slope is None and record.measure.target != "gate":
-                raise ConstraintError(
-                    f"enforce='proximal' with measure {record.measure.name!r}: expected a norm (weight, relative), not "
-                    "shared by layers, or a gate, whose proximal step has a closed form"
-                )
-            self._check_slack(record)
-
-    def _check_slack(self, record: Constraint) -> None:
-        if record.slack is None:
-            return
-        if self.options.enforce == "projection":
-            raise ConstraintError(
-                "enforce='projection' allows no excess over a level: use enforce='multipliers' with "
-                "ce.constraints.resilient"
-            )
-        named = self.options.formulation
-        if record.slack.cost != "quadratic" and named != "augmented_lagrangian":
-            raise ConstraintError(
-                f"a slack of {record.slack.cost} cost with formulation {named!r}: expected 'augmented_lagrangian', "
-                "which determines the slack"
-            )
-
-
-def _ended(schedule: Schedule, step: int) -> bool:
-    if isinstance(schedule, Ramp):
-        return step >= schedule.steps
-    if isinstance(schedule, Joined):
-        last = schedule.boundaries[-1] if schedule.boundaries else 0
-        return step >= last and _ended(schedule.schedules[-1], step - last)
-    return value_at(schedule, step) == 0
 
 
 def _is_whole_norm(record: Constraint | Penalty) -> bool:

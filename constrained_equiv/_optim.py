@@ -18,7 +18,8 @@ from torch import Tensor
 from torch.optim import optimizer as _torch_optimizer
 
 from constrained_equiv._dual import DualFactory, DualName, FormulationName, MultiplierFactory, Multipliers
-from constrained_equiv._engine import AtZero, Enforce, Engine, OnNonFinite, Options, Order, Readings, Record
+from constrained_equiv._engine import Engine, Readings
+from constrained_equiv._options import AtZero, Enforce, OnNonFinite, Options, Order, Record
 from constrained_equiv.constraints import Constraint
 from constrained_equiv.errors import ConstraintError, SerializationError
 
@@ -241,7 +242,7 @@ class ConstrainedOptimizer(torch.optim.Optimizer):
     @property
     def settled(self) -> bool:
         """Whether all levels and scales have reached their end, so that models may be selected and training stopped."""
-        return self._engine.settled()
+        return self._engine.levels.settled(self._engine.step)
 
     @property
     def constraint_state(self) -> "ConstraintState":
@@ -395,7 +396,7 @@ class Attached:
     @property
     def settled(self) -> bool:
         """Whether all levels and scales have reached their end, so that models may be selected and training stopped."""
-        return self._engine.settled()
+        return self._engine.levels.settled(self._engine.step)
 
     @property
     def constraint_state(self) -> ConstraintState:

@@ -13,8 +13,8 @@ import torch
 from torch import nn
 
 from constrained_equiv import constraints, schedules
-from constrained_equiv._engine import Record
 from constrained_equiv._optim import ConstrainedOptimizer
+from constrained_equiv._options import Record
 from constrained_equiv._relax import relax
 from constrained_equiv._terms import Init
 from constrained_equiv.adapters import Adapter

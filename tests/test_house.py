@@ -26,7 +26,7 @@ ORDER = """
     _verify _lie _trace _inner _findings _audit _certificate
     _terms _stacks
     adapters._base adapters._linear adapters._vector_neurons adapters._e3nn adapters._escnn adapters
-    _relax constraints _dual _engine _optim _finalize presets monitor
+    _relax constraints _dual _options _levels _engine _optim _finalize presets monitor
     testing
 """
 ROOMS = ORDER.split()
