@@ -10,6 +10,7 @@ Law: Cooper sees one vector constraint per type, never one per layer; the closed
     dual step (SGD)       lambda <- [lambda + eta h]_+ (inequality), lambda + eta h (equality)
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, TypeAlias, cast
 
@@ -107,13 +108,13 @@ class Multipliers:
                 f"formulation={formulation!r}: expected {sorted(_FORMULATIONS)} or a subclass of "
                 "cooper.formulations.Formulation"
             )
-        if not penalty > 0:
-            raise ConstraintError(f"penalty={penalty!r}: expected a number > 0")
-        if not penalty_growth >= 1:
-            raise ConstraintError(f"penalty_growth={penalty_growth!r}: expected a factor per step, >= 1")
+        if not (_finite(penalty) and penalty > 0):
+            raise ConstraintError(f"penalty={penalty!r}: expected a finite number > 0")
+        if not (_finite(penalty_growth) and penalty_growth >= 1):
+            raise ConstraintError(f"penalty_growth={penalty_growth!r}: expected a finite factor per step, >= 1")
         rate = penalty if dual_lr is None else dual_lr
-        if not rate > 0:
-            raise ConstraintError(f"dual_lr={dual_lr!r}: expected a number > 0, or None to take the penalty")
+        if not (_finite(rate) and rate > 0):
+            raise ConstraintError(f"dual_lr={dual_lr!r}: expected a finite number > 0, or None to take the penalty")
         sizes = {name: size for name, size in (("inequality", inequalities), ("equality", equalities)) if size}
         self.problem = Problem(
             {name: _constraint(kind, name, size, penalty, dtype, device, multiplier) for name, size in sizes.items()}
@@ -135,6 +136,8 @@ class Multipliers:
         self._kind = kind
         named = ((name, constraint.multiplier) for name, constraint in self.problem.named_constraints())
         self._modules: dict[str, Any] = {name: module for name, module in named if module is not None}
+        priced = ((name, constraint.penalty_coefficient) for name, constraint in self.problem.named_constraints())
+        self._coefficients: dict[str, Any] = {name: held for name, held in priced if held is not None}
         self._weights: dict[str, nn.Parameter] = (
             {} if multiplier else {name: module.weight for name, module in self._modules.items()}
         )
@@ -197,14 +200,8 @@ class Multipliers:
         """dL/dh of the constraints of one type, in closed form."""
         if self._kind is Lagrangian:
             return torch.clone(self._weights[name])
-        if self._growth > 1:
-            slope = violations * self._penalties[name]
-            if self._weights:
-                slope += self._weights[name]
-        elif self._weights:
-            slope = torch.add(self._weights[name], violations, alpha=self._start)
-        else:
-            slope = violations * self._start
+        penalty = self._coefficients[name].value  # of the checkpoint, where one was loaded
+        slope = torch.addcmul(self._weights[name], violations, penalty) if self._weights else violations * penalty
         return torch.clamp_min_(slope, 0) if name == "inequality" else slope
 
     def _grow(self, violations: Tensor) -> None:
@@ -222,6 +219,7 @@ class Multipliers:
         return {
             "multipliers": {name: tensor.clone() for name, tensor in self._held.items()},
             "penalties": {name: penalty.clone() for name, penalty in self._penalties.items()},
+            "dual": type(self.dual_optimizer).__name__,
             "rates": [] if self.dual_optimizer is None else [group["lr"] for group in self.dual_optimizer.param_groups],
             "dual_state": {} if self.dual_optimizer is None else self.dual_optimizer.state_dict()["state"],
         }
@@ -236,6 +234,12 @@ class Multipliers:
                     f"the checkpoint holds {what} {found}: expected {expected}; build the optimizer with the "
                     "constraints and the formulation of the saved run"
                 )
+        kind = type(self.dual_optimizer).__name__
+        if state.get("dual", kind) != kind:
+            raise CheckpointError(
+                f"the checkpoint's multipliers were moved by {state['dual']}: expected {kind}; pass the dual= of the "
+                "saved run"
+            )
         groups = 0 if self.dual_optimizer is None else len(self.dual_optimizer.param_groups)
         if len(state["rates"]) != groups:
             raise CheckpointError(
@@ -255,6 +259,27 @@ class Multipliers:
                 group["lr"] = rate
             self.dual_optimizer.load_state_dict({"state": state["dual_state"], "param_groups": current["param_groups"]})
 
+    def to_(self, device: torch.device) -> None:
+        """Move everything to where the terms have moved."""
+        before = list(self.problem.dual_parameters())
+        for module in self._modules.values():
+            module.to(device)
+        now = dict(zip(map(id, before), self.problem.dual_parameters(), strict=True))  # others, where types differ
+        self._weights = {name: now[id(weight)] for name, weight in self._weights.items()}
+        for coefficient in self._coefficients.values():
+            coefficient.to(device)
+        self._ceilings = {name: ceiling.to(device) for name, ceiling in self._ceilings.items()}
+        self._none = self._none.to(device)
+        if self.dual_optimizer is None:
+            return
+        for group in self.dual_optimizer.param_groups:
+            group["params"] = [now[id(parameter)] for parameter in group["params"]]
+        for parameter, state in list(self.dual_optimizer.state.items()):
+            del self.dual_optimizer.state[parameter]
+            self.dual_optimizer.state[now[id(parameter)]] = {
+                key: value.to(device) if isinstance(value, Tensor) else value for key, value in state.items()
+            }
+
     @property
     def _held(self) -> dict[str, Tensor]:
         """What the multipliers consist of, sharing memory with them."""
@@ -266,8 +291,7 @@ class Multipliers:
 
     @property
     def _penalties(self) -> dict[str, Tensor]:
-        named = ((name, constraint.penalty_coefficient) for name, constraint in self.problem.named_constraints())
-        return {name: coefficient.value for name, coefficient in named if coefficient is not None}
+        return {name: coefficient.value for name, coefficient in self._coefficients.items()}
 
     def _split(self, vector: Tensor) -> Sequence[Tensor]:
         return [vector] if len(self._sizes) == 1 else torch.split(vector, list(self._sizes.values()))
@@ -277,6 +301,10 @@ class Multipliers:
 
     def _state(self, violations: Tensor) -> cooper.CMPState:
         return self.problem.compute_cmp_state(dict(zip(self._sizes, self._split(violations), strict=True)))
+
+
+def _finite(value: object) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
 
 
 def _constraint(

@@ -31,6 +31,7 @@ from constrained_equiv.intertwiners import Projection
 from constrained_equiv.schedules import value_at
 
 _VERSION = 1
+_SWEEPS = 32  # of projections that do not commute, onto what they leave together
 _Arguments = ParamSpec("_Arguments")
 
 
@@ -181,6 +182,7 @@ class Engine:
         Args:
             first: whether this is the first evaluation of the step, the one that the multipliers see.
         """
+        self._follow()
         moving = first and not self._frozen() and self.options.enforce != "projection"
         if self.multipliers is not None:
             self._measure(synchronise=first)
@@ -296,6 +298,22 @@ class Engine:
 
     # --- parts of a step ---
 
+    def _follow(self) -> None:
+        """Move to where the model was moved after the optimizer had been built, as launchers do."""
+        device = self.terms.modules[0].weight.device if self.terms.modules else self.values.device
+        if device == self.values.device:
+            return
+        resilient = self.violations is not self.excess
+        self.values, self.excess, self.slacks = (v.to(device) for v in (self.values, self.excess, self.slacks))
+        self.violations = self.violations.to(device) if resilient else self.excess
+        self.levels.bounds = self.levels.bounds.to(device)
+        self._places = [place.to(device) for place in self._places]
+        self._pending = None if self._pending is None else self._pending.to(device)
+        if self.multipliers is not None:
+            self.multipliers.to_(device)
+        for stack in self.terms.stacks:
+            _tensors.adjoin_(self.terms.weights()[stack])
+
     def _stated(self) -> Iterator[tuple[Constraint, slice, bool]]:
         return zip(self.records, self.slices, self._pinned, strict=True)
 
@@ -360,11 +378,17 @@ class Engine:
                 _tensors.map_stacked_(gradients, partial(_finite_complement, stack.term), self._scratch, plus=plus)
             elif plus is not None:
                 _tensors.add_scaled_(gradients, *plus)
-        for at, coefficients, _ in charges:
-            if not _is_whole_norm(record := self._charged[at]):
+        others = [charge for charge in charges if not _is_whole_norm(self._charged[charge.at])]
+        plain = isinstance(self.base, torch.optim.SGD | torch.optim.ASGD)
+        before = [g.clone() for g in _tensors.gradients(self.terms.weights())] if plain and others else []
+        for at, coefficients, values in charges:
+            record = self._charged[at]
+            if not _is_whole_norm(record):
                 record.measure.pull(record.terms, coefficients)
-        if shares is not None and isinstance(self.base, torch.optim.SGD):
-            self._shorten_steps(shares)
+            elif record.terms.gates():  # a norm is homogeneous in the gate
+                record.terms.pull_gates_(coefficients * values)
+        if plain and charges:
+            self._shorten_steps(shares, before)
         for record, _, pinned in self._stated():
             if pinned and _pins_whole(record):
                 if not self._waiting():  # for a checkpoint helper, which wants state of all parameters
@@ -387,15 +411,28 @@ class Engine:
             total = shares if total is None else total + shares
         return total
 
-    def _shorten_steps(self, shares: Tensor) -> None:
-        """Divide the gradients of terms by rate * share where that exceeds 1.
+    def _shorten_steps(self, shares: Tensor | None, before: list[Tensor]) -> None:
+        """Divide the gradients of terms by rate * |pull|^2 / <pull, W> where that exceeds 1.
 
         The pull alone would carry such a term past zero: it would come out on the other side, at a distance on which
         multipliers grow, and so on without bound. Where the total gradient vanishes stays the same. Only the step of
         SGD is known to be rate * gradient; the steps of adaptive optimizers have bounded lengths of their own.
+
+        Args:
+            shares: of W in the pull of whole norms.
+            before: gradients without the pulls of other measures; empty where there are none.
         """
-        lengths = [shares * group["lr"] for group in self._groups()]
-        factors = torch.stack(lengths).amax(0).clamp_min_(1.0).reciprocal_().sub_(1.0)
+        lengths = shares
+        if before:
+            weights = self.terms.weights()
+            pulls = [g - b for g, b in zip(_tensors.gradients(weights), before, strict=True)]
+            if shares is not None:
+                _tensors.add_scaled_(pulls, weights, shares)
+            along = self.terms.products(pulls)
+            lengths = torch.where(along > 0, _tensors.norms(pulls, self.values.dtype).square() / along, 0.0)
+        if lengths is None:
+            return
+        factors = (lengths * self._rates(self.terms.weights())).clamp_min_(1.0).reciprocal_().sub_(1.0)
         for stack in self._awake:
             weights, positions = stack.trained()
             if weights:
@@ -420,17 +457,20 @@ class Engine:
                 continue
             values = record.measure.values(record.terms).to(self.values)  # signed, like its coefficient
             slopes = 1.0 if record.measure.slope is None else record.measure.slope(record.terms).square()
-            pull = self._rates(record) * slopes * self._coefficients[part]
+            targets = record.terms.gates() if record.measure.target == "gate" else record.terms.weights()
+            rates = self._rates(targets)
+            if isinstance(rates, Tensor) and rates.ndim:
+                rates = record.terms.spread(rates, record.measure.part, record.measure.per)
+            pull = rates * slopes * self._coefficients[part]
             self._rescale(record, torch.where(values != 0, 1.0 - pull / values, 1.0).clamp_min_(0))
 
-    def _rates(self, record: Constraint) -> Tensor | float:
-        """Learning rates of the terms of each entry: one number where they share it, which is the rule."""
+    def _rates(self, parameters: Sequence[nn.Parameter]) -> Tensor | float:
+        """Learning rates of parameters: one number where they share it, which is the rule, else one for each."""
         rate = {id(p): group["lr"] for group in self.base.param_groups for p in group["params"]}
-        rates = [rate[id(weight)] for weight in record.terms.weights()]
+        rates = [rate.get(id(parameter), 0.0) for parameter in parameters]
         if all(r is rates[0] or (isinstance(r, float) and r == rates[0]) for r in rates):
             return rates[0]  # type: ignore[no-any-return]
-        single = torch.stack([torch.as_tensor(r, device=self.values.device) for r in rates]).to(self.values)
-        return record.terms.spread(single, record.measure.part, record.measure.per)
+        return torch.stack([torch.as_tensor(r, device=self.values.device) for r in rates]).to(self.values)
 
     def _rescale(self, record: Constraint, factors: Tensor) -> None:
         """Multiply what is constrained by factors (n,); what is frozen stays."""
@@ -450,15 +490,21 @@ class Engine:
         pinned = self._to_pin()
         if pinned != before:
             self._set_pinned(pinned)
+        partly = []
         for (record, part, now), earlier in zip(self._stated(), before, strict=True):
             if earlier and not now and _pins_whole(record):
                 for weight in record.terms.weights():
                     self.base.state.pop(weight, None)
             elif now and _pins_whole(record):
                 _tensors.zero_(record.terms.weights())
-            elif now:  # by 0, what is frozen too
+            elif now:
+                partly.append((record, part))
+        for _ in range(_SWEEPS if len(partly) > 1 else 1):
+            for record, part in partly:  # by 0, what is frozen too
                 weights = record.terms.weights()
                 record.terms.rescale_(weights, record.measure.part, record.measure.per, self.levels.bounds[part])
+        if pinned != before and isinstance(self.base, torch.optim.LBFGS):
+            self.base.state.clear()  # its directions lead out of what is pinned now; one parameter has them for all
 
     def _to_pin(self) -> list[bool]:
         """Which records' levels are 0 and end what they constrain."""

@@ -81,6 +81,11 @@ def check(
                 f"enforce='projection' of an equality ({record.measure.name}): expected an inequality, onto whose "
                 "ball terms are scaled, or enforce='multipliers'"
             )
+        if options.enforce == "projection" and not record.measure.homogeneous:
+            raise ConstraintError(
+                f"enforce='projection' with measure {record.measure.name!r}, of which nothing is known: expected one "
+                "that grows in proportion to the term, which scaling then takes to its level; or enforce='multipliers'"
+            )
         if options.enforce == "proximal" and record.measure.slope is None and record.measure.target != "gate":
             raise ConstraintError(
                 f"enforce='proximal' with measure {record.measure.name!r}: expected a norm (weight, relative), not "

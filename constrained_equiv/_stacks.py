@@ -81,13 +81,17 @@ class Terms:
     @property
     def precision(self) -> torch.dtype:
         """Of values and multipliers: float32, or float64 where the terms are."""
-        return torch.float64 if self._own[0]["weight"].dtype == torch.float64 else torch.float32  # type: ignore[union-attr]
+        weights = [self.modules[stack.start].weight for stack in self.stacks]
+        wide = any(weight.dtype == torch.float64 for weight in weights)
+        return torch.float64 if wide else torch.float32
 
     def factors(self) -> Tensor:
         """scale * gate / sqrt(rows) of each term, (n,)."""
         factors = torch.stack(self.scales())
-        if gates := self.gates():
-            factors = factors * torch.stack([*gates]).detach()
+        if self._gated:
+            one = torch.ones_like(factors[0])
+            gates = [own.get("gate") for own in self._own]
+            factors = factors * torch.stack([one if gate is None else gate.detach() for gate in gates])
         return factors * self._spread(factors.device, self.precision)
 
     def parts(self, part: Share) -> list[Tensor]:
@@ -134,6 +138,26 @@ class Terms:
     def _restricted(self) -> dict[Group, tuple[Projection, ...]]:
         return {}
 
+    def pull_gates_(self, moments: Tensor) -> None:
+        """Add moments / gate to the gradients of the gates; 0 where a gate is 0, at the kink of every measure.
+
+        Args:
+            moments: gate * d/d gate of what is added to the loss, (n,).
+        """
+        if not self._gated:
+            return
+        single = moments.unbind()
+        own = torch.stack([one for one, own in zip(single, self._own, strict=True) if own.get("gate") is not None])
+        gates = self.gates()
+        slopes = own.to(gates[0].dtype).div_(torch.stack([*gates]).detach()).nan_to_num_(0.0, 0.0, 0.0)
+        _tensors.add_(_tensors.gradients(gates), slopes.unbind())
+
+    def products(self, others: Sequence[Tensor]) -> Tensor:
+        """Frobenius products of W with other maps, one of each term, (n,)."""
+        weights = self.weights()
+        stacks = [(_tensors.stacked(weights[stack]), _tensors.stacked(others[stack])) for stack in self.stacks]
+        return torch.cat([(a * b).flatten(1).sum(1, dtype=self.precision) for a, b in stacks])
+
     def entries(self, part: Share, per: Per) -> tuple[Entry, ...]:
         """What a measure of these terms yields, in order."""
         if per == "model":
@@ -174,6 +198,12 @@ class Terms:
         return torch.cat(
             [numbers[stack].repeat_interleave(len(self._labels(stack, part, per))) for stack in self.stacks]
         )
+
+    def gathered(self, numbers: Tensor, part: Share, per: Per) -> Tensor:
+        """Add up numbers, one per entry, for each term, (n,)."""
+        if per in ("layer", "model"):
+            return numbers
+        return torch.cat([here.sum(1) for here in self.split(numbers, part, per)])
 
     def add_parts_(self, targets: Sequence[Tensor], part: Share, per: Per, factors: Tensor) -> None:
         """targets[i] += factor * part of W of the i-th term, block by block where there is a factor for each."""

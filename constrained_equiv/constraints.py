@@ -107,6 +107,7 @@ class Measure:
             proximal steps, and pulls whole terms with the values that it has; None where the value is no such norm.
         synchronise: averages what the terms recorded in their forward pass over the processes of a parallel training,
             once per step, before `values`.
+        homogeneous: whether the value is never negative and grows in proportion to what is constrained.
     """
 
     name: str
@@ -117,6 +118,7 @@ class Measure:
     per: Per = "layer"
     slope: Callable[[Terms], Tensor] | None = None
     synchronise: Callable[[Terms], None] | None = None
+    homogeneous: bool = True
 
 
 @dataclass(frozen=True, eq=False)
@@ -372,7 +374,8 @@ def custom(
 
     Args:
         model: a relaxed model.
-        function: maps a term to a 0-d tensor that depends on `term.weight`; must have a finite gradient at 0.
+        function: maps a term to a 0-d tensor that depends on `term.weight`; must have a finite gradient at 0. A gate is
+            not pulled by it.
         name: shown in reports.
         level: bound in the function's own unit.
         where: chooses layers by name; all by default.
@@ -393,7 +396,7 @@ def custom(
         slopes = torch.autograd.grad(numbers, weights, torch.stack([single[i] for i in trained]).to(numbers))
         _tensors.add_(_tensors.gradients(weights), [_tensors.whole(slope) for slope in slopes])
 
-    return _constraint(model, Measure(name, values, pull), level, where, type)
+    return _constraint(model, Measure(name, values, pull, homogeneous=False), level, where, type)
 
 
 def resilient(
@@ -542,10 +545,17 @@ def _norm_measure(
         return torch.linalg.vector_norm(found, dim=0, keepdim=True) / len(terms) ** 0.5 if per == "model" else found
 
     def pull(terms: Terms, coefficients: Tensor) -> None:
+        steepness, sizes = slopes(terms), terms.norms(part, per)
+        found = steepness * sizes
+        value = torch.linalg.vector_norm(found) if per == "model" else found
         if per == "model":
-            coefficients = coefficients / len(terms)
-        shares = norm_shares(coefficients, slopes(terms), values(terms))
+            coefficients = coefficients / len(terms) ** 0.5
+        if not terms.whole(part):  # beside the rest of W, what is left of a part that is 0 is rounding
+            rounding = 32 * torch.finfo(terms.weights()[0].dtype).eps * terms.spread(terms.norms("whole"), part, per)
+            coefficients = torch.where(sizes > rounding, coefficients, 0.0)
+        shares = norm_shares(coefficients, steepness, value)
         terms.add_parts_(_tensors.gradients(terms.weights()), part, per, shares)
+        terms.pull_gates_(terms.gathered(shares * sizes.square(), part, per))
 
     single = None if per == "model" else slopes
     return Measure(name, values, pull, part=part, per=per, slope=single, synchronise=synchronise)
@@ -564,7 +574,7 @@ def _stacked_measure(
     """
 
     def evaluate(terms: Terms, differentiate: bool) -> tuple[Tensor, list[Tensor]]:
-        pieces, leaves, factors = [], [], terms.factors()
+        pieces, leaves, factors = [], [], terms.factors().requires_grad_(differentiate)
         with torch.set_grad_enabled(differentiate):
             for stack in terms.stacks:
                 modules = terms.modules[stack]
@@ -573,11 +583,12 @@ def _stacked_measure(
                 positive = squared > 0
                 pieces.append(torch.where(positive, torch.where(positive, squared, 1.0).sqrt(), 0.0))
                 leaves.append(leaf)
-            return torch.cat(pieces), leaves
+            return torch.cat(pieces), [*leaves, factors]
 
     def pull(terms: Terms, coefficients: Tensor) -> None:
         values, leaves = evaluate(terms, True)
-        slopes = torch.autograd.grad(values, leaves, coefficients.to(values))
+        *slopes, steepness = torch.autograd.grad(values, leaves, coefficients.to(values))
         _tensors.add_(_tensors.gradients(terms.weights()), [g for stack in slopes for g in stack.unbind()])
+        terms.pull_gates_(steepness * leaves[-1].detach())
 
     return Measure(name, lambda terms: evaluate(terms, False)[0], pull, part=part, per=per, synchronise=synchronise)

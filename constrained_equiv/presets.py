@@ -108,6 +108,8 @@ def triangle(
         generators are replaced by their expectation, and sums over batch and points by means.
     """
     relax(model, where=where, adapter=adapter, complement=False, init=init)
+    if norm not in ("activation", "weight"):
+        raise ConstraintError(f"norm={norm!r}: expected 'activation' or 'weight'")
     size = constraints.activation if norm == "activation" else constraints.weight
     penalties = [
         constraints.penalty(record, coefficient=coefficient)

@@ -184,7 +184,8 @@ def as_schedule(level: float | Schedule) -> Schedule:
 def final_value(schedule: Schedule, step: int) -> float:
     """Return where a schedule ends: exactly for those of this module, and the value at `step` for other functions."""
     if isinstance(schedule, Joined):
-        return final_value(schedule.schedules[-1], step)
+        start = schedule.boundaries[-1] if schedule.boundaries else 0
+        return final_value(schedule.schedules[-1], step - start)
     return float(schedule.end) if isinstance(schedule, Ramp) else value_at(schedule, step)
 
 

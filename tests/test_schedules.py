@@ -14,6 +14,7 @@ from constrained_equiv.schedules import (
     constant,
     cosine,
     exponential,
+    final_value,
     join,
     linear,
     triangle,
@@ -143,3 +144,10 @@ def test_bad_input_is_named(case):
     make, message = BAD[case]
     with pytest.raises(ScheduleError, match=message):
         make()
+
+
+def test_a_function_behind_a_boundary_ends_where_it_is():
+    """Its steps count from the boundary, when it is asked where it ends too."""
+    for slope in (0.005, -0.005):
+        schedule = join([0.3, lambda step, slope=slope: 0.25 + slope * step], [100])
+        assert final_value(schedule, 150) == schedule(150)

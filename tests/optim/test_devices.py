@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import constrained_equiv as ce
-from tests.optim.test_setups import Net, data, loss, same
+from tests.optim.test_setups import Net, data, loss, same, train
 
 FALLING = ce.schedules.linear(0.2, 0.0, 6)
 WEIGHT = ce.constraints.weight
@@ -131,3 +131,41 @@ def test_checking_gradients_is_the_one_time_that_a_gpu_is_waited_for(policy: Any
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert len(seen) == 1
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_constraints_follow_a_model_that_is_moved_after_them(name: str, device: torch.device) -> None:
+    """As launchers move it: the walk is that of a model that was there from the start."""
+    records, base, options = CASES[name]
+    if base.get("capturable") and device.type == "cpu":
+        pytest.skip("capturable optimizers are for accelerators")
+    walks = []
+    for early in (True, False):
+        torch.manual_seed(0)
+        model = Net()
+        model.to(device if early else "cpu")
+        optimizer = ce.ConstrainedOptimizer(
+            torch.optim.Adam(model.parameters(), lr=0.02, **base), *records(model), **options
+        )
+        model.to(device)
+        train(model, optimizer, *(tensor.to(device) for tensor in data()), 8)
+        walks.append((*model.parameters(), *optimizer.readings()[2:]))
+    for there, moved in zip(*walks, strict=True):
+        torch.testing.assert_close(moved, there)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_all_vectors_follow(name: str) -> None:
+    """Tensors without entries stand for a device that is not there."""
+    records, _, options = CASES[name]
+    if options.get("dual"):
+        pytest.skip("reads entries")
+    model = Net()
+    optimizer = ce.ConstrainedOptimizer(torch.optim.SGD(model.parameters(), lr=0.02), *records(model), **options)
+    train(model, optimizer, *data(), 2)
+    model.to("meta")
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer._engine.before()
+    readings = optimizer.readings()
+    assert {v.device.type for v in (readings.values, readings.levels, readings.multipliers)} == {"meta"}

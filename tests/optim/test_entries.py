@@ -318,3 +318,13 @@ def test_reflections_are_no_rotations_and_turns_no_permutations() -> None:
         intertwiners(*2 * (reps.permutation(3),)).restricted(ABOUT_Z)
     with pytest.raises(ce.errors.RepresentationError, match="no subgroup of S_3"):
         intertwiners(*2 * (reps.permutation(3),)).restricted(SCREW)
+
+
+@pytest.mark.parametrize("per", ["layer", "generator", None])
+def test_the_lie_derivative_of_an_empty_map_is_zero(per: Any) -> None:
+    o3 = pytest.importorskip("e3nn.o3")
+    model = ce.relax(nn.ModuleList([o3.Linear("", "1x1o"), o3.Linear("1x1o", "1x1o")]), complement=False, init=0.1)
+    for layers_of in (model, nn.ModuleList([model[0]])):
+        record = ce.constraints.lie(layers_of, level=0.1, **({} if per is None else {"per": per}))
+        ce.ConstrainedOptimizer(torch.optim.SGD(layers_of.parameters(), lr=0.1), record).step()
+        assert not values(record)[: 1 if per != "generator" else 4].any()

@@ -323,6 +323,62 @@ def test_a_norm_far_above_its_level_is_not_thrown_across_zero(penalty: float, mo
     assert terms[0].weight.abs() <= 0.05 and torch.equal(multipliers(optimizer), torch.zeros(1).double())
 
 
+EVERY_MEASURE: dict[str, Any] = {
+    "weight": ce.constraints.weight,
+    "blocks": lambda m, level: ce.constraints.weight(m, level=level, per="block"),
+    "shared": lambda m, level: ce.constraints.weight(m, level=level, per="model"),
+    "non-equivariant part": lambda m, level: ce.constraints.weight(m, level=level, part="non_equivariant"),
+    "lie": ce.constraints.lie,
+    "generators": lambda m, level: ce.constraints.lie(m, level=level, per="generator"),
+    "subgroup": lambda m, level: ce.constraints.subgroup(m, ce.groups.SO3(), level=level),
+    "custom": lambda m, level: ce.constraints.custom(m, lambda t: t.weight.norm(), name="norm", level=level),
+}
+
+
+@pytest.mark.parametrize("base", [torch.optim.SGD, torch.optim.ASGD])
+@pytest.mark.parametrize("penalty", [1.0, 10.0])
+@pytest.mark.parametrize("measure", EVERY_MEASURE)
+def test_no_measure_is_thrown_across_zero(measure: str, penalty: float, base: Any) -> None:
+    model = irreps(2, complement=measure != "non-equivariant part")
+    for r in ce.relaxations(model):
+        with torch.no_grad():
+            r.term.weight.mul_(1.0 / r.term.weight.norm())
+    record = EVERY_MEASURE[measure](model, level=0.05)
+    optimizer = ce.ConstrainedOptimizer(base(model.parameters(), lr=0.05), record, penalty=penalty)
+    start = float(record.measure.values(record.terms).max())
+    for _ in range(20):
+        minimise(optimizer, lambda: 5e-3 * sum(r.term.weight.square().sum() for r in ce.relaxations(model)), 50)
+        assert float(optimizer.readings().values.max()) < 1.2 * start
+    assert float(optimizer.readings().values.max()) <= 0.05 + 1e-2
+
+
+def test_terms_above_zero_of_two_subgroups_reach_what_both_leave() -> None:
+    """Two projections that do not commute: one after the other ends in neither space."""
+    model = irreps(1)
+    turns = ce.groups.SO3().algebra
+    records = [
+        ce.constraints.subgroup(model, ce.groups.matrix_group(f"about {axis}", algebra=turns[[axis]]), level=0.0)
+        for axis in (0, 2)
+    ]
+    optimizer = ce.ConstrainedOptimizer(torch.optim.Adam(model.parameters(), lr=0.05), *records)
+    (term,) = (r.term for r in ce.relaxations(model))
+    minimise(optimizer, pulled_to([term], [torch.randn_like(term.weight).detach()]), 100)
+    for record in records:
+        assert float(record.measure.values(record.terms)) < 1e-6
+
+
+def test_proximal_steps_of_gates_take_the_rate_of_gates() -> None:
+    """The multiplier is 1 after the first step, and so is the penalty's part."""
+    model, (term,) = layers((2, 2), free=True, gate=True)
+    groups = [{"params": [term.weight], "lr": 0.1}, {"params": [term.gate], "lr": 1e-3}]
+    record = ce.constraints.gate(model, level=0.0)
+    optimizer = ce.ConstrainedOptimizer(torch.optim.SGD(groups), record, enforce="proximal", penalty=1.0)
+    for parameter in (term.weight, term.gate):
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    assert float(term.gate.detach()) == pytest.approx(1 - 1e-3 * 2, abs=1e-12)
+
+
 def test_a_step_that_is_shortened_ends_where_the_gradient_vanishes() -> None:
     """Rate times slope exceeds the level: the steps are too coarse for the ball, its solution stands all the same."""
     model, terms = layers((1, 1))

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import constrained_equiv as ce
 from constrained_equiv import _tensors
-from tests.optim.toys import irreps, points
+from tests.optim.toys import irreps, layers, minimise, points
 
 COEFFICIENT = 0.3
 MEASURES: dict[str, Any] = {
@@ -199,3 +199,86 @@ def test_terms_that_moved_apart_are_still_projected() -> None:
         stepper.step()
     for one, two in zip(ce.relaxations(model), ce.relaxations(other[0]), strict=True):
         assert torch.allclose(one.term.weight, two.term.weight, rtol=0, atol=1e-15)
+
+
+GATED = {
+    "weight": ce.constraints.weight,
+    "blocks": lambda m, level: ce.constraints.weight(m, level=level, per="block"),
+    "shared": lambda m, level: ce.constraints.weight(m, level=level, per="model"),
+    "non-equivariant part": lambda m, level: ce.constraints.weight(m, level=level, part="non_equivariant"),
+    "relative": ce.constraints.relative,
+    "activation": ce.constraints.activation,
+    "lie": ce.constraints.lie,
+    "generators": lambda m, level: ce.constraints.lie(m, level=level, per="generator"),
+}
+
+
+def gated(count: int = 3, ungated: int = 1) -> nn.Module:
+    """Layers whose terms have gates, and some without."""
+    model = nn.ModuleList(nn.Linear(2, 2, dtype=torch.float64) for _ in range(count))
+    sets = ce.representations.permutation(3, channels=2)
+    adapter = ce.adapters.linear(sets, sets, axes=(-2, -1))
+    for i, layer in enumerate(model):
+        ce.relax(layer, where=lambda n, m: True, adapter=adapter, complement=False, gate=i >= ungated, init=0.3)
+    for i, r in enumerate(ce.relaxations(model)):
+        if r.term.gate is not None:
+            nn.init.constant_(r.term.gate, (-1) ** i * (0.5 + 0.2 * i))
+    return model
+
+
+@pytest.mark.parametrize("measure", GATED)
+def test_gates_are_pulled_too(measure: str) -> None:
+    """Else a gate grows without bound while W shrinks: only their product is held."""
+    model = gated()
+    record = GATED[measure](model, level=0.01)
+    for layer in model:
+        layer(torch.randn(8, 3, 2, dtype=torch.float64))
+    base = torch.optim.SGD(model.parameters(), lr=0.0)
+    optimizer = ce.ConstrainedOptimizer(base, ce.constraints.penalty(record, coefficient=COEFFICIENT))
+    gates = [r.term.gate for r in ce.relaxations(model) if r.term.gate is not None]
+    assert len(gates) == 2
+    optimizer.zero_grad()
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    for gate in gates:
+        rises = []
+        for step in (1e-6, -1e-6):
+            with torch.no_grad():
+                gate += step
+                rises.append(float(COEFFICIENT * record.measure.values(record.terms).sum()))
+                gate -= step
+        assert float(gate.grad) == pytest.approx((rises[0] - rises[1]) / 2e-6, abs=1e-6)
+
+
+def test_a_gate_at_zero_hides_its_own_term_alone() -> None:
+    model = gated()
+    terms = [r.term for r in ce.relaxations(model)]
+    nn.init.zeros_(terms[1].gate)
+    record = ce.constraints.weight(model, level=0.01)
+    sizes = dict(zip(record.terms.names, record.measure.values(record.terms).tolist(), strict=True))
+    for name, term in zip(("0", "1", "2"), terms, strict=True):
+        assert sizes[name] == pytest.approx(float(term.matrix().detach().norm()) / term.rows**0.5)
+    assert sizes["1"] == 0 < sizes["0"]
+
+
+def test_a_gate_comes_to_rest() -> None:
+    model, (term,) = layers((2, 2), free=True, gate=True)
+    nn.init.constant_(term.weight, 0.3)
+    base = torch.optim.SGD(model.parameters(), lr=0.02)
+    optimizer = ce.ConstrainedOptimizer(base, ce.constraints.weight(model, level=0.3))
+    minimise(optimizer, lambda: (0.5 * (term.matrix() - 1) ** 2).sum(), 4000)
+    assert float(optimizer.readings().values) == pytest.approx(0.3, abs=1e-9)
+    assert abs(float(term.gate.detach())) < 1
+
+
+def test_a_penalty_leaves_what_is_equivariant_up_to_rounding() -> None:
+    """Of a part that is pinned at 0, rounding is left, which must not be taken for a direction."""
+    model = points(1, complement=False)
+    (relaxation,) = ce.relaxations(model)
+    target = relaxation.term.projection.project(torch.randn_like(relaxation.term.weight)).detach()
+    record = ce.constraints.weight(model, level=0.0, part="non_equivariant")
+    penalty = ce.constraints.penalty(ce.constraints.weight(model, level=0.0, part="non_equivariant"), coefficient=10.0)
+    optimizer = ce.ConstrainedOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), record, penalty)
+    minimise(optimizer, lambda: 0.5 * (relaxation.term.weight - target).square().sum(), 300)
+    assert torch.allclose(relaxation.term.weight, target, rtol=0, atol=1e-12)

@@ -332,3 +332,50 @@ def test_records_of_other_constraints_are_refused() -> None:
     elsewhere = Monitor(ce.ConstrainedOptimizer(torch.optim.Adam(other.parameters()), first))
     with pytest.raises(ce.errors.CheckpointError, match=r"layers\.1 .*expected"):
         elsewhere.load_state_dict(monitor.state_dict())
+
+
+@pytest.mark.parametrize("formulation", ["augmented_lagrangian", "quadratic_penalty"])
+@pytest.mark.parametrize("growth", [1.0, 1.05])
+def test_the_penalty_of_a_checkpoint_holds_everywhere(formulation: Any, growth: float) -> None:
+    """In the pull as in the value of the Lagrangian, whatever the optimizer was built with."""
+
+    def optimizer(**options: Any) -> Any:
+        model = Net()
+        return ce.ConstrainedOptimizer(
+            torch.optim.SGD(model.parameters(), lr=0.1),
+            ce.constraints.weight(model, level=0.01),
+            formulation=formulation,
+            **options,
+        )
+
+    saved = optimizer(penalty=1.0, penalty_growth=growth)
+    excess = torch.tensor([0.3, -0.1], dtype=torch.float64)
+    with torch.no_grad():
+        for _ in range(3):
+            saved.multipliers.ascend(excess)
+    resumed = optimizer(penalty=10.0)
+    resumed.load_state_dict(saved.state_dict())
+    with torch.no_grad():
+        expected = saved.multipliers.coefficients(excess)
+        assert torch.equal(resumed.multipliers.coefficients(excess), expected)
+    leaf = excess.clone().requires_grad_()
+    step = 1e-6
+    for i in range(2):
+        there, here = leaf.detach().clone(), leaf.detach().clone()
+        there[i] += step
+        here[i] -= step
+        rise = (resumed.multipliers.lagrangian(there) - resumed.multipliers.lagrangian(here)) / (2 * step)
+        assert rise == pytest.approx(float(expected[i]), abs=1e-6)
+
+
+def test_a_dual_of_another_kind_is_refused() -> None:
+    def optimizer(kind: Any) -> Any:
+        model = Net()
+        return ce.ConstrainedOptimizer(
+            torch.optim.SGD(model.parameters(), lr=0.1),
+            ce.constraints.weight(model, level=0.01),
+            dual=lambda ps: kind(ps, lr=0.1, maximize=True),
+        )
+
+    with pytest.raises(ce.errors.CheckpointError, match="moved by SGD: expected Adam"):
+        optimizer(torch.optim.Adam).load_state_dict(optimizer(torch.optim.SGD).state_dict())
