@@ -17,7 +17,7 @@ from constrained_equiv import (
     schedules,
 )
 from constrained_equiv._audit import audit, lie_derivatives
-from constrained_equiv._finalize import Report, finalize
+from constrained_equiv._finalize import Report, finalize, recalibrate
 from constrained_equiv._lie import lie_derivative
 from constrained_equiv._optim import ConstrainedOptimizer, attach
 from constrained_equiv._relax import disabled, parameter_groups, relax, relaxations
@@ -54,6 +54,7 @@ __all__ = [
     "monitor",
     "parameter_groups",
     "presets",
+    "recalibrate",
     "relax",
     "relaxations",
     "representations",

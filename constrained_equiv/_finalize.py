@@ -2,9 +2,11 @@
 
 What enters: a relaxed model, its optimizer and a few batches. What leaves: the same model without terms, of the classes
 and keys it had before `relax`, and a `Report`.
-Law: nothing is changed unless every term passes the check (or `on_violation` says otherwise); the loss is measured.
+Law: nothing is changed unless every term passes the check (or `on_violation` says otherwise) and everything that can
+fail has run; the loss is measured.
 """
 
+import copy
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -15,7 +17,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten
+from torch.utils._pytree import tree_flatten, tree_map
 
 from constrained_equiv import constraints
 from constrained_equiv._certificate import Certificate, certify
@@ -129,6 +131,9 @@ def finalize(
 ) -> Report:
     """Take the terms away and give back the equivariant model, in place.
 
+    With `batches`, the statistics of all normalisation layers are gathered anew as by `ce.recalibrate`, those of frozen
+    layers too: what enters them has changed. If anything fails, the model stays as it was.
+
     Args:
         model: a relaxed model (the bare module, not its DistributedDataParallel wrapper).
         optimizer: the optimizer; a `ConstrainedOptimizer`, or the handle of `ce.attach`, states the levels and is
@@ -182,55 +187,49 @@ def finalize(
     kept = [r for r in above if on_violation == "keep"]
     leaving = [r for r in found if r not in kept]
 
-    run = forward or (lambda m, batch: m(batch))
-    stream = None if batches is None else iter(batches)
-    first = [] if stream is None else list(islice(stream, 1))
-    if stream is not None and not first:
-        raise ConstrainedEquivError("batches= is empty: expected at least one batch, or batches=None")
+    run = forward or _call
+    first, stream = (None, None) if batches is None else _begun(batches)
     notes: list[str] = []
-    probe = _Probe(model, [r.layer for r in found]) if first else None
+    probe = None if stream is None else _Probe(model, [r.layer for r in found])
     if probe is not None:
         with _evaluation(model):
-            probe.run(run, first[0])
+            probe.run(run, first)
     error_before = _model_error(model, symmetry, probe, notes)
 
     tied = _tied(model)
-    folded = {id(r.term): _fold(r, probe, tied, notes) if fold else (0.0, 0.0) for r in leaving}
-    removed = {id(r.term): _dropped_norm(r, fold) for r in leaving}
-    certificate = _certificate(model, found, symmetry, probe, lipschitz, notes)
-    remove(model, [r.layer for r in leaving], base)
-    if driver is not None and base is not None:
-        _release(driver, base, leaving)
-
+    statistics = _statistics_layers(model)
     changes: dict[int, float] = {}
     output_change = None
-    if probe is not None:
-        with _evaluation(model):
-            changes, output_change = probe.changes(run, first[0])
-    statistics = _statistics_layers(model)
-    if statistics and stream is not None:
-        _recalibrate(model, statistics, chain(first, stream), run)
-    elif statistics:
-        notes.append(
-            f"{len(statistics)} normalisation layers keep statistics gathered with the terms on: pass batches= and "
-            "forward="
+    with _restored_on_failure(statistics, leaving if fold else ()):
+        folded = {id(r.term): _fold(r, probe, tied, notes) if fold else (0.0, 0.0) for r in leaving}
+        removed = {id(r.term): _dropped_norm(r, fold) for r in leaving}
+        certificate = _certificate(model, found, symmetry, probe, lipschitz, notes)
+        with _switched_off(leaving):
+            if probe is not None:
+                with _evaluation(model):
+                    changes, output_change = probe.changes(run, first)
+            if stream is not None:
+                _recalibrate(model, statistics, stream, run)
+            notes += _statistics_notes(model, statistics, gathered=stream is not None)
+            error_after = _model_error(model, symmetry, probe, notes)
+        layers = tuple(
+            LayerReport(
+                r.name,
+                checks[id(r.term)].value,
+                checks[id(r.term)].allowed,
+                checks[id(r.term)].measure,
+                *folded.get(id(r.term), (0.0, 0.0)),
+                removed.get(id(r.term), 0.0),
+                changes.get(id(r.layer)),
+                None if certificate is None or probe is None else _bound(r, certificate, probe),
+                r in kept,
+                *(_broken(r, atol) if r in kept else ()),
+            )
+            for r in found
         )
-    error_after = _model_error(model, symmetry, probe, notes)
-    layers = tuple(
-        LayerReport(
-            r.name,
-            checks[id(r.term)].value,
-            checks[id(r.term)].allowed,
-            checks[id(r.term)].measure,
-            *folded.get(id(r.term), (0.0, 0.0)),
-            removed.get(id(r.term), 0.0),
-            changes.get(id(r.layer)),
-            None if certificate is None or probe is None else _bound(r, certificate, probe),
-            r in kept,
-            *(_broken(r, atol) if r in kept else ()),
-        )
-        for r in found
-    )
+    remove(model, [r.layer for r in leaving], base)  # nothing fails from here on
+    if driver is not None and base is not None:
+        _release(driver, base, leaving)
     return Report(
         layers,
         output_change,
@@ -240,6 +239,47 @@ def finalize(
         len(statistics) if stream is not None else 0,
         tuple(dict.fromkeys(notes)),
     )
+
+
+def recalibrate(
+    model: nn.Module, batches: Iterable[Any], *, forward: Callable[[nn.Module, Any], Any] | None = None
+) -> int:
+    """Gather the statistics of normalisation layers anew, as the mean over batches, the terms as they are switched now.
+
+    Statistics gathered with the terms on say nothing about the model without them. To see that model during training,
+    gather them on a copy: `with ce.disabled(twin): ce.recalibrate(twin, batches)` for `twin = copy.deepcopy(model)`.
+
+    Args:
+        model: relaxed or not; all other layers run in evaluation mode, and modes are restored. Terms relaxed with
+            `evaluate_with_terms=False` are therefore off.
+        batches: on which the model is run, once each.
+        forward: `forward(model, batch)` runs the model on one of `batches`; `model(batch)` by default.
+
+    Returns:
+        The number of layers whose statistics were gathered, frozen ones too: those with a `momentum` and a buffer named
+        `*running_var`. A layer that is called several times per batch averages over all calls.
+
+    Raises:
+        ConstrainedEquivError: if `batches` is empty. If this or the model fails, the statistics stay as they were.
+    """
+    layers = _statistics_layers(model)
+    _, stream = _begun(batches)
+    with _restored_on_failure(layers):
+        _recalibrate(model, layers, stream, forward or _call)
+    return len(layers)
+
+
+def _call(model: nn.Module, batch: Any) -> Any:
+    return model(batch)
+
+
+def _begun(batches: Iterable[Any]) -> tuple[Any, Iterator[Any]]:
+    """Draw the first batch; return it and the iterator over all, this one included."""
+    stream = iter(batches)
+    first = list(islice(stream, 1))
+    if not first:
+        raise ConstrainedEquivError("batches= is empty: expected at least one batch")
+    return first[0], chain(first, stream)
 
 
 @dataclass(frozen=True)
@@ -351,29 +391,69 @@ class _Probe:
         self.output: list[Tensor] = []
 
     def run(self, run: Callable[[nn.Module, Any], Any], batch: Any) -> None:
-        def keep(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        entered: dict[int, tuple[tuple[Any, ...], dict[str, Any]]] = {}
+
+        def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if id(module) not in entered:
+                entered[id(module)] = _copied((args, kwargs))
+
+        def leave(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
             if id(module) in self.calls:
                 self.repeated.add(id(module))
             else:
-                self.calls[id(module)] = args, kwargs, _tensors_of(output)
+                self.calls[id(module)] = *entered[id(module)], _tensors_of(output)
 
-        handles = [
-            m.register_forward_hook(keep, with_kwargs=True)
-            for m in {id(m): m for m in (self.model, *self.layers)}.values()
-        ]
+        watched = {id(m): m for m in (self.model, *self.layers)}.values()
+        handles = [m.register_forward_pre_hook(enter, with_kwargs=True) for m in watched]
+        handles += [m.register_forward_hook(leave, with_kwargs=True) for m in watched]
         try:
-            self.output = _tensors_of(run(self.model, batch))
+            self.output = _tensors_of(run(self.model, _copied(batch)))
         finally:
             for handle in handles:
                 handle.remove()
+
+    def arguments(self, module: nn.Module) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """What a module was first called with, () and {} if it was not; copies, for it may be overwritten in place."""
+        args, kwargs, _ = self.calls.get(id(module), ((), {}, []))
+        copies: tuple[tuple[Any, ...], dict[str, Any]] = _copied((args, kwargs))
+        return copies
 
     def changes(self, run: Callable[[nn.Module, Any], Any], batch: Any) -> tuple[dict[int, float], float]:
         per_layer = {}
         for layer in self.layers:
             if id(layer) in self.calls:
-                args, kwargs, before = self.calls[id(layer)]
+                args, kwargs = self.arguments(layer)
+                before = self.calls[id(layer)][2]
                 per_layer[id(layer)] = _relative_change(before, _tensors_of(layer(*args, **kwargs)))
-        return per_layer, _relative_change(self.output, _tensors_of(run(self.model, batch)))
+        return per_layer, _relative_change(self.output, _tensors_of(run(self.model, _copied(batch))))
+
+
+def _copied(value: Any) -> Any:
+    """Copy the tensors of a structure, with whether they need gradients; the rest stays as it is."""
+
+    def one(leaf: Any) -> Any:
+        if isinstance(leaf, Tensor):
+            return _copy_of(leaf)
+        if _is_geometric(leaf):
+            twin = copy.copy(leaf)
+            twin.tensor = _copy_of(leaf.tensor)
+            return twin
+        return leaf
+
+    return tree_map(one, value)
+
+
+@torch.enable_grad()
+def _copy_of(tensor: Tensor) -> Tensor:
+    """Copy a tensor; the copy of a computed one counts as computed, so that it too can be overwritten in place."""
+    if tensor.is_leaf:
+        return tensor.detach().clone().requires_grad_(tensor.requires_grad)
+    return tensor.detach().requires_grad_().clone()
+
+
+def _is_geometric(leaf: Any) -> bool:
+    """Whether a leaf is one of escnn's geometric tensors."""
+    return isinstance(getattr(leaf, "tensor", None), Tensor) and hasattr(leaf, "type")
 
 
 def _model_error(model: nn.Module, symmetry: Symmetry | None, probe: _Probe | None, notes: list[str]) -> float | None:
@@ -383,7 +463,7 @@ def _model_error(model: nn.Module, symmetry: Symmetry | None, probe: _Probe | No
     if probe is None or id(model) not in probe.calls:
         notes.append("equivariance of the model was not measured: pass batches= and a forward= that calls the model")
         return None
-    args, kwargs, _ = probe.calls[id(model)]
+    args, kwargs = probe.arguments(model)
     if kwargs:
         raise ConstrainedEquivError(
             f"forward= calls the model with keywords {sorted(kwargs)}: expected positional inputs, which "
@@ -404,7 +484,7 @@ def _certificate(
     """Bound what the terms do, on the probe's batch."""
     if probe is None:
         return None
-    args, kwargs, _ = probe.calls.get(id(model), ((), {}, []))
+    args, kwargs = probe.arguments(model)
     if kwargs or not args:
         notes.append("nothing was bounded: pass a forward= that calls the model, with positional inputs")
         return None
@@ -446,7 +526,7 @@ def _relative_change(before: list[Tensor], after: list[Tensor]) -> float:
 def _tensors_of(value: Any) -> list[Tensor]:
     """Copy the tensors of a layer's output in float64: the next layer may overwrite it in place."""
     leaves = tree_flatten(value)[0]
-    tensors = [leaf.tensor if hasattr(leaf, "tensor") and hasattr(leaf, "type") else leaf for leaf in leaves]
+    tensors = [leaf.tensor if _is_geometric(leaf) else leaf for leaf in leaves]
     return [t.detach().to(torch.float64, copy=True) for t in tensors if isinstance(t, Tensor) and t.is_floating_point()]
 
 
@@ -467,9 +547,44 @@ def _evaluation(model: nn.Module) -> Iterator[None]:
             _refresh(r)
 
 
+@contextmanager
+def _switched_off(found: Iterable[Relaxation]) -> Iterator[None]:
+    """Some terms off, as `remove` will leave their layers, and switched back afterwards."""
+    before = [(r, r.term.enabled) for r in found]
+    try:
+        for r, _ in before:
+            r.term.enabled = False
+            _refresh(r)
+        yield
+    finally:
+        for r, enabled in before:
+            r.term.enabled = enabled
+            _refresh(r)
+
+
 def _refresh(relaxation: Relaxation) -> None:
     if relaxation.adapter.refresh is not None:
         relaxation.adapter.refresh(relaxation.layer)
+
+
+@contextmanager
+def _restored_on_failure(statistics: Iterable[nn.Module], leaving: Iterable[Relaxation] = ()) -> Iterator[None]:
+    """Give statistics, and the parameters that folding writes to, back as they were if anything fails."""
+    places: list[dict[str, Any]] = [layer._buffers for layer in statistics]
+    places += [place for r in leaving for place in (r.layer._parameters, r.term._parameters)]
+    before = [(place, *item) for place in places for item in place.items() if item[1] is not None]
+    values = [tensor.detach().clone() for _, _, tensor in before]
+    try:
+        yield
+    except BaseException:
+        with torch.no_grad():
+            for (place, name, tensor), value in zip(before, values, strict=True):
+                if not torch.equal(tensor, value):  # one that is expanded cannot be written, nor has it been
+                    tensor.copy_(value)
+                place[name] = tensor
+        for r in leaving:
+            _refresh(r)
+        raise
 
 
 @contextmanager
@@ -487,26 +602,54 @@ def _modes_restored(model: nn.Module) -> Iterator[None]:
 def _statistics_layers(model: nn.Module) -> list[nn.Module]:
     """Layers that keep running statistics of their inputs (torch's, e3nn's and escnn's batch norms)."""
     return [
-        m for m in model.modules() if isinstance(getattr(m, "running_var", None), Tensor) and hasattr(m, "momentum")
+        m
+        for m in model.modules()
+        if hasattr(m, "momentum") and any(name.endswith("running_var") for name, _ in m.named_buffers(recurse=False))
     ]
 
 
-@torch.no_grad()
+def _statistics_notes(model: nn.Module, layers: list[nn.Module], *, gathered: bool) -> Iterator[str]:
+    """Say which statistics were not gathered anew."""
+    if layers and not gathered:
+        yield (
+            f"{len(layers)} normalisation layers keep statistics gathered with the terms on: pass batches= and forward="
+        )
+    for name, module in model.named_modules():
+        numeric = isinstance(getattr(module, "momentum", None), int | float)
+        buffers = [key for key, buffer in module.named_buffers(recurse=False) if buffer.is_floating_point()]
+        if numeric and buffers and module not in layers:
+            yield (
+                f"layer {name!r} ({type(module).__name__}) has a momentum and buffers {buffers}, none of them named "
+                "*running_var: if they are statistics, they were gathered with the terms on; gather them anew yourself"
+            )
+
+
 def _recalibrate(
     model: nn.Module, layers: list[nn.Module], batches: Iterable[Any], run: Callable[[nn.Module, Any], Any]
 ) -> None:
-    """Replace running statistics by the mean over batches: momentum 1 / k at the k-th batch."""
+    """Replace running statistics by the mean over a layer's calls: momentum 1 / k at the k-th."""
+    if not layers:
+        return
     momenta = [layer.momentum for layer in layers]
+    calls: Counter[int] = Counter()
+
+    def enter(layer: Any, inputs: Any) -> None:
+        calls[id(layer)] += 1
+        layer.momentum = 1.0 / calls[id(layer)]
+
+    handles = [layer.register_forward_pre_hook(enter) for layer in layers]
     try:
         with _modes_restored(model):
             model.eval()
             for layer in layers:
                 layer.train()
             for count, batch in enumerate(batches, start=1):
-                for layer in layers:
+                for layer in layers:  # holds where a call goes past the hook: of `forward` itself, or compiled before
                     layer.momentum = 1.0 / count  # type: ignore[assignment]
                 run(model, batch)
     finally:
+        for handle in handles:
+            handle.remove()
         for layer, momentum in zip(layers, momenta, strict=True):
             layer.momentum = momentum
 

@@ -175,6 +175,9 @@ def relaxations(model: nn.Module) -> Relaxations:
 def disabled(model: nn.Module) -> Iterator[None]:
     """Switch all terms off within a `with` block: the layers run their own forward, bit for bit.
 
+    Running statistics of normalisation layers, gathered with the terms on, say nothing about the model without them:
+    there, gather them anew by `ce.recalibrate` on a copy of the model.
+
     Args:
         model: a relaxed model; a plain one is left alone.
     """
@@ -313,6 +316,11 @@ def _check_attachable(name: str, layer: nn.Module) -> None:
             f"layer {name!r} has an attribute {CHILD!r} of its own: expected none, for the term takes that name; "
             "rename it, or leave the layer out in where="
         )
+    if isinstance(layer, nn.Sequential | nn.ModuleList | nn.ModuleDict):
+        raise RelaxationError(
+            f"layer {name!r} is a {type(layer).__name__}, which runs through its children, and the term would be one "
+            "of them: expected a layer; relax its layers, or wrap it in a module of its own whose forward calls it"
+        )
     if isinstance(layer, nn.modules.linear.NonDynamicallyQuantizableLinear):
         raise RelaxationError(
             f"layer {name!r} is the output map of nn.MultiheadAttention, which reads its weight and never calls it: "
@@ -321,6 +329,11 @@ def _check_attachable(name: str, layer: nn.Module) -> None:
     if isinstance(layer, torch.jit.ScriptModule):
         raise RelaxationError(
             f"layer {name!r} is a TorchScript module: expected a Python module; relax the model before scripting it"
+        )
+    if "forward" in vars(layer):
+        raise RelaxationError(
+            f"layer {name!r} has a forward of its own, set on the instance, which would go around the term: expected "
+            "the forward of its class; call ce.relax(model) first and wrap the forward afterwards"
         )
     if any(isinstance(p, UninitializedParameter) for p in layer.parameters()):
         raise RelaxationError(f"layer {name!r} is lazily built: run one batch through the model before ce.relax(model)")

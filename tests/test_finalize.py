@@ -602,6 +602,125 @@ def test_forces_as_gradients_can_be_measured():
     assert report.error_before > 1e-2 and report.error_after < 1e-13
 
 
+# --- models that work in place ----------------------------------------------------------------------------------------
+
+
+class Residual(nn.Module):
+    """An update x + f(x), or x with f(x) added to it in place."""
+
+    def __init__(self, in_place):
+        super().__init__()
+        self.inner, self.in_place = set_network()[0], in_place
+
+    def forward(self, x):
+        update = self.inner(x)
+        if not self.in_place:
+            return x + update
+        x += update
+        return x
+
+
+@pytest.mark.parametrize("computed", [False, True])
+def test_inputs_that_are_overwritten_are_kept_as_they_came(computed):
+    """Those of the user, and those of a layer, which were computed with gradients."""
+    reports = []
+    for in_place in (False, True):
+        model = nn.Sequential(set_network()[0] if computed else nn.Identity(), relax_sets(Residual(in_place)))
+        data = batches(1)
+        reports.append(ce.finalize(model, batches=data, symmetry=SETS, on_violation="drop"))
+        assert torch.equal(data[0], batches(1)[0])
+    assert reports[0].layers == reports[1].layers and reports[0].output_change == reports[1].output_change
+    assert reports[0].error_before == reports[1].error_before and reports[1].error_after < 1e-13
+
+
+def test_a_layer_that_overwrites_its_own_input_is_run_again():
+    class InPlace(nn.Linear):
+        def forward(self, features):
+            features *= 2
+            return super().forward(features)
+
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 3), InPlace(3, 3)).double()
+    vectors = ce.representations.vectors(1)
+    ce.relax(model, where=lambda name, _: name == "1", adapter=ce.adapters.linear(vectors, vectors), init=1.0)
+    plain = copy.deepcopy(model)
+    x = torch.randn(5, 3, dtype=torch.float64)
+    (with_terms,) = outputs(plain, (x,))
+    with ce.disabled(plain):
+        (without,) = outputs(plain, (x,))
+    report = ce.finalize(model, batches=[x], on_violation="drop")
+    assert report.layers[0].output_change == pytest.approx(distance([with_terms], [without]), rel=1e-12)
+
+
+# --- a failure changes nothing ----------------------------------------------------------------------------------------
+
+
+def normalised_vectors():
+    """A free layer on vectors, and statistics of its rows; not equivariant, which does not matter here."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 3, bias=False), nn.BatchNorm1d(3)).double()
+    vectors = ce.representations.vectors(1)
+    adapter = ce.adapters.linear(vectors, vectors)
+    return ce.relax(model, where=lambda name, _: name == "0", adapter=adapter, complement=False, init=1.0)
+
+
+@pytest.mark.parametrize("fold", [True, False])
+@pytest.mark.parametrize("failure", ["one row", "interrupted"])
+def test_a_recalibration_that_fails_changes_nothing(fold, failure):
+    model = normalised_vectors()
+    model(torch.randn(6, 3, dtype=torch.float64))
+    base = torch.optim.SGD(ce.parameter_groups(model, lr=0.1))
+    optimizer = ce.ConstrainedOptimizer(base, ce.constraints.weight(model, level=0.5))
+    before, held = copy.deepcopy(model.state_dict()), dict(model.named_buffers()) | dict(model.named_parameters())
+    grouped = [id(p) for group in base.param_groups for p in group["params"]]
+
+    def rows():
+        yield torch.randn(4, 3, dtype=torch.float64)
+        yield torch.randn(4, 3, dtype=torch.float64)
+        if failure == "interrupted":
+            raise KeyboardInterrupt
+        yield torch.randn(1, 3, dtype=torch.float64)
+
+    with pytest.raises(KeyboardInterrupt if failure == "interrupted" else ValueError):
+        ce.finalize(model, optimizer=optimizer, batches=rows(), fold=fold, on_violation="drop")
+    assert len(ce.relaxations(model)) == 1 and model[0].non_equivariant.enabled and optimizer.constraints
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    assert all(held[name] is t for name, t in (*model.named_buffers(), *model.named_parameters()))
+    assert [id(p) for group in base.param_groups for p in group["params"]] == grouped
+    assert model[1].momentum == 0.1 and all(m.training and not m._forward_pre_hooks for m in model.modules())
+    ce.finalize(model, optimizer=optimizer, batches=[torch.randn(4, 3).double()], fold=fold, on_violation="drop")
+
+
+def test_statistics_that_a_layer_replaces_are_given_back():
+    class Replacing(nn.BatchNorm1d):
+        def forward(self, features):
+            self.running_mean = features.mean((0, 1))
+            raise RuntimeError("out of memory") if self.training else ArithmeticError
+
+    model = Replacing(3)
+    before = model.running_mean
+    with pytest.raises(RuntimeError, match="out of memory"):
+        ce.recalibrate(model, batches())
+    assert model.running_mean is before and not before.any()
+
+
+def test_an_error_that_cannot_be_measured_afterwards_changes_nothing():
+    """The model refuses inputs once the terms are off."""
+
+    class Refusing(nn.Sequential):
+        def forward(self, x):
+            y = super().forward(x)
+            if torch.equal(y, plain(x)):
+                raise ArithmeticError("refused")
+            return y
+
+    plain = set_network()
+    model = relax_sets(Refusing(*set_network()))
+    with pytest.raises(ArithmeticError, match="refused"):
+        ce.finalize(model, batches=batches(), symmetry=SETS, on_violation="drop")
+    assert len(ce.relaxations(model)) == 2 and all(r.term.enabled for r in ce.relaxations(model))
+
+
 # --- normalisation statistics -----------------------------------------------------------------------------------------
 
 
@@ -638,6 +757,110 @@ def test_recalibration_leaves_other_layers_in_evaluation():
     for m in (model, twin):
         ce.finalize(m, batches=batches(), on_violation="drop")
     assert torch.equal(model[2].running_var, twin[2].running_var) and model[0].training
+
+
+def test_statistics_of_forces_as_gradients_can_be_gathered():
+    class Forces(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.energy = set_network(norm=True)
+
+        def forward(self, x):
+            x = x.detach().requires_grad_()
+            return torch.autograd.grad(self.energy(x).square().sum(), x)[0]
+
+    model, plain = Forces(), set_network(norm=True)
+    relax_sets(model)
+    report = ce.finalize(model, batches=batches(), on_violation="drop")
+    assert report.recalibrated == 1
+    assert ce.recalibrate(plain, batches()) == 1
+    assert torch.equal(model.energy[1].running_mean, plain[1].running_mean)
+    assert not model.energy[1].running_mean.requires_grad
+
+
+class Twice(nn.Module):
+    """One normalisation, called on the features and on their multiples."""
+
+    def __init__(self, *, direct=False):
+        super().__init__()
+        self.inner, self.norm, self.direct = set_network()[0], PointNorm(3).double(), direct
+
+    def forward(self, x):
+        x = self.inner(x)
+        return self.norm.forward(x) if self.direct else self.norm(x) + self.norm(3 * x + 1)
+
+
+@pytest.mark.parametrize("direct", [False, True])
+def test_statistics_are_the_mean_over_all_calls_of_a_layer(direct):
+    """Where the forward pass is called directly, over its one call per batch."""
+    model = relax_sets(Twice(direct=direct))
+    report = ce.finalize(model, batches=batches(), on_violation="drop")
+    hidden = torch.stack([model.inner(x).flatten(0, 1) for x in batches()]).detach()
+    seen = hidden if direct else torch.cat([hidden, 3 * hidden + 1])
+    torch.testing.assert_close(model.norm.running_mean, seen.mean((0, 1)), rtol=0, atol=1e-14)
+    torch.testing.assert_close(model.norm.running_var, seen.var(1).mean(0), rtol=1e-14, atol=0)
+    assert report.recalibrated == 1 and model.norm.momentum == 0.1
+
+
+def test_frozen_statistics_are_gathered_too():
+    model = relax_sets(set_network(norm=True))
+    model[1].eval().requires_grad_(False)
+    assert ce.finalize(model, batches=batches(), on_violation="drop").recalibrated == 1
+    assert model[1].running_mean.any() and not model[1].training
+
+
+@pytest.mark.parametrize("data", [None, batches()], ids=["without batches", "with batches"])
+def test_statistics_of_an_unknown_kind_are_named(data):
+    class Lengths(nn.Module):
+        def __init__(self, momentum):
+            super().__init__()
+            self.momentum = momentum
+            self.register_buffer("mean_length", torch.ones(()))
+            self.register_buffer("count", torch.zeros((), dtype=torch.long))
+
+        def forward(self, x):
+            return x / self.mean_length
+
+    model = relax_sets(nn.Sequential(set_network(norm=True), Lengths(0.1), Lengths("none")))
+    report = ce.finalize(model, batches=data, on_violation="drop")
+    (note,) = (note for note in report.notes if "momentum" in note)
+    assert "layer '1' (Lengths)" in note and "['mean_length']" in note and "with the terms on" in note
+    assert note in str(report) and report.recalibrated == (data is not None)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_copy_in_training_is_recalibrated_without_its_terms(training):
+    model, plain = relax_sets(set_network(norm=True)).train(training), set_network(norm=True)
+    before = copy.deepcopy(model.state_dict())
+    for on in (True, False):
+        twin = copy.deepcopy(model)
+        if on:
+            assert ce.recalibrate(twin, [(x,) for x in batches()], forward=spread) == 1
+        else:
+            with ce.disabled(twin):
+                assert ce.recalibrate(twin, iter(batches())) == 1
+        hidden = torch.stack([(twin if on else plain)[0](x).flatten(0, 1) for x in batches()]).detach()
+        torch.testing.assert_close(twin[1].running_mean, hidden.mean((0, 1)), rtol=0, atol=1e-14)
+        assert all(m.training is training for m in twin.modules()) and twin[1].momentum == 0.1
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+def test_recalibration_that_fails_restores_the_statistics():
+    model = nn.BatchNorm1d(3)
+    model(torch.randn(5, 3))
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match="more than 1 value per channel"):
+        ce.recalibrate(model.eval(), [torch.randn(4, 3), torch.randn(1, 3)])
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    assert not model.training and model.momentum == 0.1 and not model._forward_pre_hooks
+
+
+@pytest.mark.parametrize("norm", [True, False])
+def test_recalibration_needs_batches_and_counts_layers(norm):
+    model = set_network(norm=norm)
+    with pytest.raises(ce.errors.ConstrainedEquivError, match=r"empty: expected at least one batch"):
+        ce.recalibrate(model, [])
+    assert ce.recalibrate(model, batches()) == norm
 
 
 # --- folding ----------------------------------------------------------------------------------------------------------

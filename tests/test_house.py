@@ -62,6 +62,7 @@ constrained_equiv.lie_derivatives(model, inputs, *, symmetry, layers=None)
 constrained_equiv.monitor
 constrained_equiv.parameter_groups(model, *, lr, term_lr=None, term_weight_decay=0.0)
 constrained_equiv.presets
+constrained_equiv.recalibrate(model, batches, *, forward=None)
 constrained_equiv.relax(model, *, where=None, adapter=None, complement=True, gate=False, init=0.0,
     evaluate_with_terms=True, generator=None)
 constrained_equiv.relaxations(model)
@@ -153,7 +154,7 @@ constrained_equiv.adapters.linear(inputs, outputs, *, axes=(-1,), group=None)
 constrained_equiv.adapters.vector_neurons(axis=1)
 constrained_equiv.constraints.Constraint(measure, terms, level, type='inequality', slack=None)
 constrained_equiv.constraints.Measure(name, values, pull, target='weight', part='whole', per='layer', slope=None,
-    synchronise=None)
+    synchronise=None, homogeneous=True)
 constrained_equiv.constraints.Penalty(measure, terms, coefficient)
 constrained_equiv.constraints.ScaleSchedule(terms, schedule)
 constrained_equiv.constraints.Slack(cost, price)

@@ -4,16 +4,19 @@ What enters: the axis on which the channels are. What leaves: an `Adapter` for t
 nothing in a `nn.Linear` tells that its features are vectors.
 Law: the layer and its term are one dense product with kron(weight, I_3) + scale * gate * W, for every rank of input,
 and nothing is stored for the backward pass but the features and that matrix.
+
+A layer that holds more than its weight keeps its forward pass: the term is added to what it returns, and nothing is
+folded, for nobody knows what such a layer makes of its weight.
 """
 
 from functools import partial
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from constrained_equiv._terms import CHILD
-from constrained_equiv.adapters._base import Adapter, Methods, Site
+from constrained_equiv.adapters._base import Adapter, Methods, Site, first_argument
 from constrained_equiv.errors import RelaxationError, RepresentationError
 from constrained_equiv.intertwiners import intertwiners
 from constrained_equiv.representations import Layout, vectors
@@ -73,7 +76,18 @@ def _site(layer: nn.Module, *, axis: Axis) -> Site:
     space = intertwiners(vectors(layer.in_features, layout=layout), vectors(layer.out_features, layout=layout))
     if CHILD not in layer._modules:
         _check(layer, axis)
-    return Site(space, space.shape, float(space.shape[0]), str(space.inputs), str(space.outputs), layer.weight, axis)
+    plan = _Plan(axis, _is_weight_alone(layer))
+    return Site(space, space.shape, float(space.shape[0]), str(space.inputs), str(space.outputs), layer.weight, plan)
+
+
+class _Plan(NamedTuple):
+    axis: Axis
+    dense: bool  # whether the layer is its weight and nothing else
+
+
+def _is_weight_alone(layer: nn.Linear) -> bool:
+    held = {**layer._parameters, **layer._buffers, **layer._modules}
+    return {name for name, value in held.items() if value is not None and name != CHILD} == {"weight"}
 
 
 def _check(layer: nn.Linear, axis: Axis) -> None:
@@ -110,29 +124,42 @@ def _remedy() -> str:
 
 
 def _methods(base: type[nn.Module]) -> Methods:
-    def forward(self: Any, input: Tensor) -> Tensor:
+    first = first_argument(base)
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Tensor:
         term = self.non_equivariant
         if not term.active:
-            return base.forward(self, input)  # type: ignore[no-any-return]
-        features = input.transpose(1, -1) if term.plan == "swapped" else input
+            return base.forward(self, *args, **kwargs)  # type: ignore[no-any-return]
+        axis, dense = term.plan
+        dense = dense and len(args) + len(kwargs) == 1  # a second argument is known to the layer's own forward alone
+        input: Tensor = first(args, kwargs)
+        features = input.transpose(1, -1) if axis == "swapped" else input
         _check_features(self, features)
         matrix = term.matrix()
-        _diagonal(self, matrix).add_(self.weight.unsqueeze(-1))
-        if term.plan == -1:
-            rows = features.flatten(-2)
-            result = nn.functional.linear(rows, matrix).view(*features.shape[:-1], self.out_features)
-        else:
-            columns = features.flatten(1, 2)
-            rows = columns.movedim(1, -1)
-            result = _contract(matrix, columns).view(len(features), self.out_features, *features.shape[2:])
+        if dense:
+            _diagonal(self, matrix).add_(self.weight.unsqueeze(-1))
+        rows, product = _product(self, features, matrix)
+        result = product.transpose(1, -1) if axis == "swapped" else product
+        if not dense:
+            result = base.forward(self, *args, **kwargs) + result
         term.observe(rows, result)
-        return result.transpose(1, -1) if term.plan == "swapped" else result
+        return result
 
     return {"forward": forward}
 
 
+def _product(layer: Any, features: Tensor, matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Multiply features by a matrix (out, in); return them as rows (..., in), and the product in their layout."""
+    if layer.non_equivariant.plan.axis == -1:
+        rows = features.flatten(-2)
+        return rows, nn.functional.linear(rows, matrix).view(*features.shape[:-1], layer.out_features)
+    columns = features.flatten(1, 2)
+    product = _contract(matrix, columns).view(len(features), layer.out_features, *features.shape[2:])
+    return columns.movedim(1, -1), product
+
+
 def _check_features(layer: Any, features: Tensor) -> None:
-    axis: Axis = layer.non_equivariant.plan
+    axis: Axis = layer.non_equivariant.plan.axis
     found = features.shape[-2:][::-1] if axis == -1 else features.shape[1:3]
     if features.ndim < 2 or tuple(found) != (layer.in_features, 3):
         swapped = " after transpose(1, -1)" if axis == "swapped" else ""
@@ -158,13 +185,13 @@ def _contract(matrix: Tensor, columns: Tensor) -> Tensor:
 
 def _diagonal(layer: Any, matrix: Tensor) -> Tensor:
     """View the entries (out, in, 3) of a matrix at which kron(weight, I_3), or kron(I_3, weight), has its weights."""
-    if layer.non_equivariant.plan == -1:
+    if layer.non_equivariant.plan.axis == -1:
         return matrix.view(3, layer.out_features, 3, layer.in_features).diagonal(dim1=0, dim2=2)
     return matrix.view(layer.out_features, 3, layer.in_features, 3).diagonal(dim1=1, dim2=3)
 
 
 def _fold(layer: Any, equivariant: Tensor, inputs: object = None) -> Tensor:
-    if "weight" not in layer._parameters:  # computed from others, as by torch.nn.utils.parametrize
+    if not layer.non_equivariant.plan.dense or "weight" not in layer._parameters:  # by now computed from others
         return torch.zeros_like(equivariant)
     layer.weight.add_(_diagonal(layer, equivariant).mean(-1))
     return equivariant

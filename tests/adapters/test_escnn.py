@@ -525,3 +525,100 @@ def test_the_step_of_split_kernels_compiles_in_one_graph():
     compiled = torch.compile(optimizer._engine.before, fullgraph=True, backend="aot_eager")
     for found, expected in zip(project(compiled), project(optimizer._engine.before), strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
+
+
+# --- the finish -------------------------------------------------------------------------------------------------------
+
+
+def vectors_of(space):
+    return space.type(space.irrep(1), space.irrep(1))
+
+
+def regular_fields(space):
+    return space.type(space.regular_repr, space.regular_repr)
+
+
+def induced_fields(space):
+    rotations = space.fibergroup.subgroup((None, -1))[0]
+    return space.type(*[space.induced_repr((None, -1), rotations.irrep(1))] * 2)
+
+
+NORMS = {
+    "iid": (enn.IIDBatchNorm2d, regular_fields, lambda: gspaces.rot2dOnR2(4)),
+    "norm": (enn.NormBatchNorm, vectors_of, lambda: gspaces.rot2dOnR2(4)),
+    "irreps": (enn.GNormBatchNorm, vectors_of, lambda: gspaces.rot2dOnR2(4)),
+    "inner": (enn.InnerBatchNorm, regular_fields, lambda: gspaces.rot2dOnR2(4)),
+    "induced": (enn.InducedNormBatchNorm, induced_fields, lambda: gspaces.flipRot2dOnR2(-1, maximum_frequency=3)),
+}
+
+
+def normalised(name: str):
+    """A convolution and a normalisation of its output, on fields that the latter takes."""
+    torch.manual_seed(0)
+    kind, fields, space = NORMS[name]
+    field = fields(space())
+    return enn.SequentialModule(enn.R2Conv(field, field, 3, padding=1), kind(field))
+
+
+def statistics_of(model):
+    return {name: b.clone() for name, b in model.named_buffers() if "running_" in name and b.numel()}
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("name", NORMS)
+def test_statistics_under_any_name_are_those_of_the_model_without_terms(name, training):
+    plain, model = normalised(name), relaxed(normalised(name), init=1.0)
+    batches = [features(plain[0], seed=seed) for seed in range(3)]
+    for x in batches:
+        model(x)
+    spoilt = statistics_of(model)
+    model.train(training)
+    report = ce.finalize(model, batches=batches, on_violation="drop")
+    assert report.recalibrated == 1 == ce.recalibrate(plain, batches)
+    expected, found = statistics_of(plain), statistics_of(model)
+    assert found and found.keys() == expected.keys()
+    for key, value in found.items():
+        assert_near(value, expected[key])
+    assert any((spoilt[key] - found[key]).norm() > 0.1 * found[key].norm() for key in found)
+    assert_near(model.eval()(batches[0]).tensor, plain.eval()(batches[0]).tensor)
+    assert not any("momentum" in note for note in report.notes)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_failure_leaves_kernels_as_they_were(training):
+    model = relaxed(normalised("iid"), complement=False).train(training)
+    x = features(model[0])
+    before = model.eval()(x).tensor.detach()
+    model.train(training)
+    with pytest.raises(ArithmeticError):
+        ce.finalize(model, batches=failing(x), fold=True, on_violation="drop")
+    assert model.training is training and len(ce.relaxations(model)) == 1
+    assert torch.equal(model.eval()(x).tensor, before)
+
+
+def failing(x):
+    yield x
+    raise ArithmeticError
+
+
+def test_a_geometric_tensor_that_is_overwritten_is_kept_as_it_came():
+    class Doubled(nn.Module):
+        def __init__(self, in_place: bool) -> None:
+            super().__init__()
+            self.layer, self.in_place = steerable.planar("C_8"), in_place
+
+        def forward(self, x):
+            result = self.layer(x)
+            if self.in_place:
+                x.tensor.mul_(3)
+            return result
+
+    reports = []
+    for in_place in (False, True):
+        torch.manual_seed(0)
+        model = relaxed(Doubled(in_place))
+        x = features(model.layer)
+        entries = x.tensor.clone()
+        reports.append(ce.finalize(model, batches=[x], on_violation="drop"))
+        assert torch.equal(x.tensor, entries)
+    assert reports[0].layers == reports[1].layers and reports[0].output_change == reports[1].output_change > 0

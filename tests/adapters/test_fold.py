@@ -175,6 +175,36 @@ def test_what_cannot_be_folded_is_said(reason):
     assert all(torch.equal(a, b) for a, b in zip(before, layer.parameters(), strict=True))
 
 
+@pytest.mark.parametrize("keyword", [False, True])
+@pytest.mark.usefixtures("float64_default")
+def test_a_second_input_that_is_overwritten_later_is_read_as_it_came(keyword):
+    o3 = pytest.importorskip("e3nn.o3")
+
+    class Scaling(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.product = o3.FullyConnectedTensorProduct("1x1o", "1x0e", "1x1o")
+
+        def forward(self, x: Tensor, y: Tensor) -> Tensor:
+            result: Tensor = self.product(x, y)
+            y *= 3
+            return result
+
+    model, x = Scaling(), torch.randn(5, 3)
+    ce.relax(model, complement=False)
+    with torch.no_grad():
+        model.product.non_equivariant.weight.copy_(torch.eye(3))
+    before = model(x, torch.ones(5, 1)).detach()
+    report = ce.finalize(
+        model,
+        fold=True,
+        batches=[(x, torch.ones(5, 1))],
+        forward=lambda m, batch: m(batch[0], y=batch[1]) if keyword else m(*batch),
+    )
+    torch.testing.assert_close(model(x, torch.ones(5, 1)), before, rtol=0, atol=1e-14)
+    assert report.output_change < 1e-14 and report.layers[0].output_change < 1e-14 and report.layers[0].unfolded == 0
+
+
 @pytest.mark.usefixtures("float64_default")
 def test_updates_of_a_steerable_network_fold_through_their_attributes():
     """The scalar attribute of a node is the constant harmonic of degree 0."""

@@ -201,6 +201,84 @@ def test_equal_layers_share_a_class_and_a_stack():
     assert len(ce.constraints.weight(model, level=1.0).terms.stacks) == 1
 
 
+class Scaled(nn.Linear):
+    """Mixes channels, times a number that is learned or kept in a buffer."""
+
+    def __init__(self, axis: int, *, learned: bool = True) -> None:
+        super().__init__(4, 5, bias=False)
+        self.axis = axis
+        if learned:
+            self.factor = nn.Parameter(torch.ones(()))
+        else:
+            self.register_buffer("factor", torch.ones(()))
+
+    def forward(self, x: Tensor, sign: float = 1.0) -> Tensor:
+        pattern = "oc,bci...->boi..." if self.axis == 1 else "oc,...c->...o"
+        return sign * self.factor * torch.einsum(pattern, self.weight, x)
+
+
+@over_axes
+@over_ranks
+@pytest.mark.parametrize("learned", [True, False])
+def test_what_a_layer_makes_of_its_weight_is_its_own(axis, trailing, learned):
+    plain, x = Scaled(axis, learned=learned).double(), features(axis, trailing)
+    layer, reference = Scaled(axis, learned=learned).double(), relaxed(layer_for(axis), axis)
+    layer.load_state_dict(plain.state_dict())
+    relaxed(layer, axis, init=0.0)
+    for value in (1.0, 0.3, -2.0):
+        with torch.no_grad():
+            plain.factor.fill_(value)
+            layer.factor.fill_(value)
+        torch.testing.assert_close(layer(x), plain(x), rtol=0, atol=1e-14)
+    if learned:
+        layer(x).square().sum().backward()
+        assert layer.factor.grad.abs() > 0.1
+    with torch.no_grad():
+        layer.non_equivariant.weight.copy_(reference.non_equivariant.weight)
+    with ce.disabled(reference):
+        added = -reference(x)
+    torch.testing.assert_close(layer(x) - plain(x), reference(x) + added, rtol=0, atol=1e-13)
+
+
+def test_a_swapped_layer_with_more_than_its_weight_keeps_its_forward_pass():
+    plain, x = Scaled(-1).double(), features(1, (7,)).transpose(1, -1)
+    layer = Scaled(-1).double()
+    layer.load_state_dict(plain.state_dict())
+    ce.relax(layer, where=lambda name, m: True, adapter=ce.adapters.vector_neurons("swapped"))
+    with torch.no_grad():
+        plain.factor.fill_(0.5)
+        layer.factor.fill_(0.5)
+    torch.testing.assert_close(layer(x), plain(x), rtol=0, atol=1e-14)
+
+
+@over_axes
+def test_into_a_layer_with_more_than_its_weight_nothing_is_folded(axis):
+    layer, x = Scaled(axis).double(), features(axis, (7,))
+    with torch.no_grad():
+        plain = layer(x)
+    relaxed(layer, axis, complement=False)
+    report = ce.finalize(layer, fold=True, on_violation="drop")
+    assert torch.equal(layer(x), plain) and report.layers[0].folded == 0 and "does not fit" in str(report)
+
+
+class Renamed(VNLinear):
+    """Its features are called x, and a second argument changes the result."""
+
+    def forward(self, x: Tensor, sign: float = 1.0) -> Tensor:
+        return sign * super().forward(x)
+
+
+@pytest.mark.parametrize("make", [lambda: Renamed(4, 5), lambda: Scaled(1)], ids=["weight alone", "more"])
+def test_features_may_be_passed_by_the_layers_own_name(make):
+    layer, x = make().double(), features(1, (7,))
+    plain = layer(x)
+    relaxed(layer, 1)
+    assert torch.equal(layer(x=x), layer(x)) and (layer(x) - plain).abs().max() > 0.1
+    torch.testing.assert_close(layer(x, sign=-1.0) - layer(x=x), -2 * plain, rtol=0, atol=1e-13)
+    with ce.disabled(layer):
+        assert torch.equal(layer(x=x), plain)
+
+
 @pytest.mark.parametrize("network", [VNPointNet, VNDGCNN])
 def test_networks_end_equivariant(network):
     model = network(4, width=6, k=5)
