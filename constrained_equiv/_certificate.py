@@ -15,7 +15,7 @@ where L_i is a Lipschitz constant of what comes after layer i in the *equivarian
 one layer at a time, the last first, and needs that the group keeps lengths; a term that is zero has no share in it,
 whatever follows. L_i is a product over the modules that follow: known constants of linear maps and activations, or
 those that the user states. Gates, tensor products and norms with statistics of the batch have no constant that holds
-everywhere, nor has code between modules: there is no bound then.
+everywhere, nor has code between modules, or in hooks: there is no bound then.
 """
 
 import math
@@ -197,8 +197,14 @@ def _relaxed_calls(run: Trace, maps: Mapping[int, Tensor]) -> list[Call]:
 
 
 def _entering(one: Call) -> float | None:
-    """Norm of what the term acts on, the first argument."""
-    return _norm(atom.tensor for atom in one.taken[0][:1]) if one.taken else None
+    """Norm of what the term acts on, the first argument, with the rows that a tensor product repeats."""
+    if not one.taken:
+        return None
+    norm = _norm(atom.tensor for atom in one.taken[0][:1])
+    if not (hasattr(one.module, "irreps_in1") and hasattr(one.module, "irreps_out")):
+        return norm
+    rows = [math.prod(atom.tensor.shape[:-1]) for atom in (*one.taken[0][:1], *one.given)]
+    return norm * math.sqrt(rows[-1] / rows[0]) if all(rows) else norm
 
 
 def _strength(layer: nn.Module, matrix: Tensor) -> tuple[float | None, str]:
@@ -226,9 +232,14 @@ def _remainders(
             words = f"there is code between {before.name!r} and {after.name!r}, whose Lipschitz constant is unknown"
             return [], [], words
     ends = [event.call for event in run.events if event.stage == "leave" and not event.call.name]
+    if any(atom.tensor.is_inference() for unit in chain for atom in unit.given):
+        return [], [], "inference mode does not record what code between modules changes in place"
     if not chain or [a.key for a in chain[-1].given] != [a.key for a in ends[-1].given]:
         return [], [], f"there is code after {chain[-1].name!r}" if chain else "no module was called"
     first = next((i for i, unit in enumerate(chain) if id(unit.module) in maps), len(chain))
+    for unit in chain[first:]:  # a constant that was stated counts the hooks in; that of a term's own layer cannot
+        if (id(unit.module) in maps or unit.name not in stated) and _hooked(unit.module):
+            return [], [], f"hooks on {unit.name or '(model)'!r} may change what it takes or gives"
     rest: list[float | str] = []
     constants: list[Lipschitz] = []
     constant: float | str = 1.0
@@ -260,6 +271,11 @@ def _units(run: Trace, whole: Callable[[nn.Module, str], bool]) -> list[Call]:
     if not units and run.events and whole(run.events[0].call.module, ""):
         return [run.events[0].call]  # the model is itself the relaxed layer
     return units
+
+
+def _hooked(unit: nn.Module) -> bool:
+    """Whether a module, or a part of it, has hooks of its own around its forward pass."""
+    return any(part._forward_hooks or part._forward_pre_hooks for part in unit.modules())
 
 
 def _hands_over(before: Call, after: Call) -> bool:

@@ -7,7 +7,7 @@ without a graph, and on the CPU unless the function itself names a device.
 
 from collections.abc import Callable
 from functools import lru_cache, wraps
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
@@ -26,3 +26,14 @@ def constant(make: _Made) -> _Made:
             return make(*arguments)
 
     return remembered  # type: ignore[return-value]
+
+
+def on_cpu(function: _Made) -> _Made:
+    """Run a function whose tensors are on the CPU, whatever torch's default device is."""
+
+    @wraps(function)
+    def run(*arguments: Any, **keywords: Any) -> object:
+        with torch.device("cpu"):
+            return function(*arguments, **keywords)
+
+    return run  # type: ignore[return-value]

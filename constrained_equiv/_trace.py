@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map
 
-Key = tuple[int, tuple[int, ...], tuple[int, ...]]
-"""Storage, shape and strides: equal for a tensor and for another handle of the same entries."""
+Key = tuple[int, tuple[int, ...], tuple[int, ...], int]
+"""Storage, shape, strides and version: equal for a tensor and for another handle of the same entries, until they are
+changed in place. Tensors of inference mode have no version."""
 
 
 class Atom(NamedTuple):
@@ -84,6 +85,9 @@ def trace(
         events.append(Event("enter", call))
 
     def leave(module: nn.Module, arguments: Any, keywords: Any, output: Any) -> None:
+        while open_calls[-1].module is not module:  # it raised, and the exception was caught
+            given_up = open_calls.pop()
+            events[:] = [event for event in events if event.call is not given_up]
         call = open_calls.pop()
         copy = copied(module)
         call.output, call.given = tree_map(_copy, output) if copy else output, atoms(output, copied=copy)
@@ -114,6 +118,7 @@ def atoms(value: Any, *, copied: bool = True) -> list[Atom]:
                 tensor.untyped_storage().data_ptr() + int(tensor.storage_offset()),
                 tuple(tensor.shape),
                 tensor.stride(),
+                0 if tensor.is_inference() else tensor._version,
             )
             entries = tensor.detach().clone() if copied else tensor.detach()
             found.append(Atom(entries, key, leaf.type if geometric else None))

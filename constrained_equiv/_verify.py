@@ -236,8 +236,21 @@ def allowed_error(dtype: torch.dtype) -> float:
 
 
 def call(model: Callable[..., Any], inputs: Any) -> Any:
-    """Call a model as every check does: a tuple holds several arguments."""
-    return model(*inputs) if isinstance(inputs, tuple) else model(inputs)
+    """Call a model as every check does: a tuple holds several arguments.
+
+    It gets copies, for it may change what it takes in place; they stay in the graph of a differentiated input.
+    """
+    given = tree_map(_copy_of_input, inputs)
+    return model(*given) if isinstance(given, tuple) else model(given)
+
+
+def _copy_of_input(leaf: Any) -> Any:
+    if isinstance(leaf, Tensor):
+        return leaf.clone().requires_grad_(leaf.requires_grad)  # a copy made under no_grad forgets it
+    if isinstance(getattr(leaf, "tensor", None), Tensor) and hasattr(leaf, "type"):  # a geometric tensor
+        leaf = copy.copy(leaf)
+        leaf.tensor = _copy_of_input(leaf.tensor)
+    return leaf
 
 
 def leaves(value: Any) -> dict[str, Tensor]:
@@ -406,7 +419,7 @@ def _evaluated_in(
             copied.to(dtype)
         at_x = call(copied, cast)
         at_gx = leaves(call(copied, symmetry.move_inputs(worst.element, cast)))[worst.output]
-    except (RuntimeError, TypeError):  # constants of another dtype
+    except Exception:  # constants of another dtype, or a check of its own, by assert or whatever error it likes
         return None
     expected = leaves(symmetry.move_outputs(worst.element, at_x))[worst.output]
     plain = leaves(at_x)[worst.output]

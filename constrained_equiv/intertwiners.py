@@ -183,8 +183,8 @@ class Intertwiners:
             bracket = torch.einsum("nuvij,gjk->gnuvik", block, right) - torch.einsum("gij,nuvjk->gnuvik", left, block)
             square = bracket.square().sum((-4, -3, -2, -1))
             total = square if total is None else total + square
-        if total is None:
-            return maps.new_zeros(0, len(maps))
+        if total is None:  # a side without blocks: no entries, whose sum is zero and in the graph of the maps
+            return maps.sum((-2, -1)).repeat(len(self.generator_names), 1)
         return total
 
     def basis(self) -> Tensor:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from constrained_equiv import groups
-from constrained_equiv._constants import constant
+from constrained_equiv._constants import constant, on_cpu
 from constrained_equiv.errors import RepresentationError
 from constrained_equiv.groups import Group
 
@@ -98,6 +98,7 @@ class Representation:
             self.group, tuple(replace(b, multiplicity=multiplicity * b.multiplicity) for b in self.blocks)
         )
 
+    @on_cpu
     def matrix(self, element: Tensor) -> Tensor:
         """Return rho(g).
 
@@ -109,10 +110,12 @@ class Representation:
         """
         return self._assemble([block.atom.matrix(element.double()) for block in self.blocks], element.shape[:-2])
 
+    @on_cpu
     def derivative(self, direction: Tensor) -> Tensor:
         """Return d rho(A) for a Lie algebra element A (n, n), as (dim, dim) float64."""
         return self._assemble([_derivative(block.atom, direction.double()) for block in self.blocks], torch.Size())
 
+    @on_cpu
     def generators(self) -> tuple[Tensor, Tensor]:
         """Return what an equivariant map has to commute with.
 
@@ -124,13 +127,25 @@ class Representation:
         return torch.stack(continuous) if continuous else empty, self.matrix(self.group.generators)
 
     def act(self, element: Tensor, features: Tensor, *, axis: int = -1) -> Tensor:
-        """Apply rho(g) along one axis of a feature tensor, in the dtype and on the device of the features."""
+        """Apply rho(g) along one axis of a feature tensor, in the dtype and on the device of the features.
+
+        Raises:
+            RepresentationError: if the axis has another size, or the features are integers and would move.
+        """
         if features.shape[axis] != self.dim:
             raise RepresentationError(
                 f"features of shape {tuple(features.shape)} have {features.shape[axis]} entries on axis {axis}: "
                 f"expected {self.dim} for {self}"
             )
-        matrix = self.matrix(element).to(features)
+        matrix = self.matrix(element)
+        if not (features.is_floating_point() or features.is_complex()):
+            if torch.equal(matrix, torch.eye(self.dim).to(matrix).expand_as(matrix)):
+                return features
+            raise RepresentationError(
+                f"features of dtype {features.dtype}: expected floating point or complex, for integers cannot hold "
+                f"rho(g) x of {self}; pass features.double(), or None as the action on what does not move"
+            )
+        matrix = matrix.to(features)
         return (features.movedim(axis, -1) @ matrix.mT).movedim(-1, axis)
 
     def _assemble(self, atoms: list[Tensor], batch: torch.Size) -> Tensor:
@@ -187,6 +202,7 @@ def rotation_generators(degree: int) -> Tensor:
     return torch.stack([to_real(j_second), to_real(torch.diag(m)), to_real(j_first)])
 
 
+@on_cpu
 def wigner_matrix(degree: int, rotations: Tensor) -> Tensor:
     """Return D^l(R) = exp(theta n . X) in e3nn's real basis; reflections enter through their rotation part det(R) R.
 
@@ -353,19 +369,22 @@ def permutation(points: int, *, channels: int = 1, order: int = 1, layout: Layou
     return Representation(groups.symmetric(points), (Block(channels, atom, layout),))
 
 
+@on_cpu
 def regular(group: Group, *, channels: int = 1, layout: Layout = "mul_ir") -> Representation:
     """Functions on a finite group: g moves elements (in the order of `group.elements()`) by left multiplication."""
     elements = group.elements()
 
     def matrix(acting: Tensor) -> Tensor:
         moved = acting[..., None, :, :] @ elements  # column h goes to row g h
-        distance: Tensor = torch.linalg.matrix_norm(moved[..., None, :, :, :] - elements[:, None])
-        return (distance < 1e-6).double()
+        distance = torch.linalg.matrix_norm(moved[..., None, :, :, :] - elements[:, None])
+        rows = distance.argmin(-2)  # the nearest: the elements of a rounded group are no exact products
+        return torch.nn.functional.one_hot(rows, len(elements)).mT.double()
 
     atom = Atom("regular", len(elements), matrix, "permutation")
     return Representation(group, (Block(channels, atom, layout),))
 
 
+@on_cpu
 def from_function(
     group: Group, name: str, dim: int, matrix: MatrixFunction, *, channels: int = 1, layout: Layout = "mul_ir"
 ) -> Representation:
@@ -383,20 +402,25 @@ def from_function(
         RepresentationError: if rho(identity) is not the identity, rho(g h) differs from rho(g) rho(h), or rho(exp A)
             differs from exp(d rho(A)).
     """
-    first, second = group.sample(2, generator=torch.Generator().manual_seed(0))
+    # samples alone may lie in a subgroup: a law has to hold, and a name to tell apart, at the generators too
+    tried = torch.cat([group.generators, group.sample(2, generator=torch.Generator().manual_seed(0))])
+    count = len(tried)
+    products = torch.cat([tried @ tried.roll(1, 0), tried @ tried])
     with torch.no_grad():
-        images = matrix(torch.stack([group.identity, first, second, first @ second])).double()
-    eye = torch.eye(dim, dtype=torch.float64)
-    if images.shape != (4, dim, dim) or not torch.allclose(images[0], eye, atol=1e-6):
+        images = matrix(torch.cat([group.identity[None], tried, products])).double()
+    total, eye = 1 + 3 * count, torch.eye(dim, dtype=torch.float64)
+    if images.shape != (total, dim, dim) or not torch.allclose(images[0], eye, atol=1e-6):
         raise RepresentationError(
-            f"representation {name!r} of {group} maps elements (4, {group.degree}, {group.degree}) to "
-            f"{tuple(images.shape)}: expected (4, {dim}, {dim}), and the identity matrix at the identity"
+            f"representation {name!r} of {group} maps elements ({total}, {group.degree}, {group.degree}) to "
+            f"{tuple(images.shape)}: expected ({total}, {dim}, {dim}), and the identity matrix at the identity"
         )
-    if not torch.allclose(images[3], images[1] @ images[2], atol=1e-5):
+    factors = images[1 : 1 + count]
+    expected = torch.cat([factors @ factors.roll(1, 0), factors @ factors])
+    if not torch.allclose(images[1 + count :], expected, atol=1e-5):
         raise RepresentationError(
             f"representation {name!r} of {group}: expected rho(g h) = rho(g) rho(h), found a difference"
         )
-    atom = Atom(name, dim, matrix, fingerprint=groups.fingerprint(images[1:3]))
+    atom = Atom(name, dim, matrix, fingerprint=groups.fingerprint(factors))
     for direction in group.algebra:
         if not torch.allclose(
             torch.linalg.matrix_exp(_derivative(atom, direction).double()),
@@ -410,6 +434,7 @@ def from_function(
     return Representation(group, (Block(channels, atom, layout),))
 
 
+@on_cpu
 def from_matrices(
     group: Group, name: str, generators: Tensor, *, channels: int = 1, layout: Layout = "mul_ir"
 ) -> Representation:

@@ -103,6 +103,13 @@ def lazy() -> nn.Module:
     return nn.Sequential(nn.LazyLinear(3))
 
 
+def patched(model: nn.Sequential) -> nn.Module:
+    other = copy.deepcopy(model)
+    first = other[0]
+    first.forward = lambda x: nn.functional.linear(x, first.weight)
+    return other
+
+
 def pointwise(model, **options):
     return ce.relax(model, where=is_linear, adapter=POINTWISE, **options)
 
@@ -180,6 +187,26 @@ BAD: dict[str, tuple[Callable[[Scene], Any], type[Exception], tuple[str, ...]]] 
         lambda s: ce.relax(Named(3, 3), where=is_linear, adapter=POINTWISE),
         R,
         ("'non_equivariant' of its own", "expected none", "rename it"),
+    ),
+    "a container": (
+        lambda s: ce.relax(s.plain, where=lambda n, m: n == "", adapter=POINTWISE),
+        R,
+        ("layer '' is a Sequential", "expected a layer", "relax its layers, or wrap it in a module of its own"),
+    ),
+    "a list of layers": (
+        lambda s: ce.relax(nn.ModuleList([nn.Linear(3, 3)]), where=lambda n, m: n == "", adapter=POINTWISE),
+        R,
+        ("is a ModuleList", "expected a layer", "relax its layers"),
+    ),
+    "a dict of layers": (
+        lambda s: ce.relax(nn.ModuleDict({"a": nn.Linear(3, 3)}), where=lambda n, m: n == "", adapter=POINTWISE),
+        R,
+        ("is a ModuleDict", "expected a layer", "relax its layers"),
+    ),
+    "forward set on the layer": (
+        lambda s: pointwise(patched(s.plain)),
+        R,
+        ("layer '0' has a forward", "expected the forward of its class", "ce.relax(model) first"),
     ),
     "lazily built": (lambda s: pointwise(lazy()), R, ("'0' is lazily built", "run one batch", "ce.relax(model)")),
     "TorchScript": (
@@ -330,8 +357,10 @@ BAD: dict[str, tuple[Callable[[Scene], Any], type[Exception], tuple[str, ...]]] 
         C,
         ("SGD", "expected a torch optimizer built with maximize=True"),
     ),
-    "a penalty of zero": (lambda s: constrained(s, penalty=0.0), C, ("penalty=0.0", "expected a number > 0")),
-    "a dual rate of zero": (lambda s: constrained(s, dual_lr=0.0), C, ("dual_lr=0.0", "expected a number > 0")),
+    "a penalty of zero": (lambda s: constrained(s, penalty=0.0), C, ("penalty=0.0", "expected a finite number > 0")),
+    "a penalty in words": (lambda s: constrained(s, penalty="1"), C, ("penalty='1'", "expected a finite number > 0")),
+    "an infinite growth": (lambda s: constrained(s, penalty_growth=float("inf")), C, ("penalty_growth=inf", "finite")),
+    "a dual rate of zero": (lambda s: constrained(s, dual_lr=0.0), C, ("dual_lr=0.0", "expected a finite number > 0")),
     **{
         f"an unknown {name}": (
             lambda s, name=name: constrained(s, **{name: "sometimes"}),

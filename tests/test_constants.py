@@ -5,6 +5,7 @@ import contextlib
 import pytest
 import torch
 
+import constrained_equiv as ce
 from constrained_equiv import groups, intertwiners, kernels, representations
 from constrained_equiv.intertwiners import Intertwiners
 from tests.test_kernels import space_of
@@ -51,3 +52,42 @@ def test_a_first_use_in_any_mode_leaves_the_next_one_as_it_was(name, first):
         space.defect(maps)
         space.project(maps)
     torch.testing.assert_close(result_and_slope(), expected, rtol=0, atol=0)
+
+
+GROUPS = {
+    "SO(2)": groups.SO2,
+    "O(2)": groups.O2,
+    "SO(3)": groups.SO3,
+    "O(3)": groups.O3,
+    "C_5": lambda: groups.cyclic(5),
+    "D_3": lambda: groups.dihedral(3),
+    "S_4": lambda: groups.symmetric(4),
+    "T(2)": lambda: groups.translations(2),
+    "E(3)": groups.E3,
+    "SO+(1,3)": groups.SO13,
+    "O(1,3)": groups.O13,
+    "O(3) x S_3": lambda: groups.product(groups.O3(), groups.symmetric(3)),
+}
+
+
+@pytest.mark.parametrize("name", GROUPS)
+def test_groups_live_on_the_cpu_whatever_the_default_device(name):
+    with torch.device("meta"):
+        group = GROUPS[name]()
+        found = [group.algebra, group.generators, group.identity, group.sample(2)]
+        found.append(group.element(torch.zeros(len(group.algebra), device="cpu")))
+        found.append(representations.defining(group).matrix(group.sample(2)))
+        if group.order is not None:
+            found.append(group.elements())
+            found.append(representations.regular(group).matrix(group.sample(2)))
+    assert {tensor.device.type for tensor in found} == {"cpu"}
+
+
+@pytest.mark.parametrize("text", ["2x0e + 1x1o", "1x2e + 1x0o"])
+def test_a_check_on_the_cpu_does_not_mind_the_default_device(text):
+    representation = representations.irreps(text)
+    x = torch.randn(4, representation.dim, dtype=torch.float64)
+    with torch.device("meta"):
+        symmetry = ce.Symmetry(groups.O3(), representation, representation)
+        assert ce.equivariance_error(lambda x: 2 * x, x, symmetry=symmetry) < 1e-12
+        assert ce.equivariance_error(lambda x: x.cumsum(1), x, symmetry=symmetry) > 1e-2

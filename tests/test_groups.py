@@ -338,3 +338,28 @@ def test_subgroups_are_found_inside(part, whole):
 def test_what_lies_outside_is_named(part, whole, message):
     with pytest.raises(RepresentationError, match=message):
         groups.require_subgroup(part, whole)
+
+
+@pytest.mark.parametrize("order", [3, 20, 21, 26, 97, 500])
+def test_rounded_generators_make_the_group_that_they_were_rounded_from(order):
+    for exact in (groups.cyclic(order), groups.dihedral(order)):
+        rounded = groups.matrix_group("rounded", generators=exact.generators.float())
+        assert rounded.order == len(rounded.elements()) == exact.order
+        assert torch.allclose(rounded.elements(), exact.elements(), atol=1e-4)  # in the same order
+        groups.require_subgroup(exact, rounded)
+
+
+def listed_one_by_one(group):
+    """Breadth first from the identity: every element times every generator, in their order."""
+    found = [group.identity]
+    for element in found:  # grows meanwhile
+        for product in group.generators @ element:
+            if not any(torch.allclose(product, other, atol=1e-9) for other in found):
+                found.append(product)
+    return torch.stack(found)
+
+
+@pytest.mark.parametrize("name", [*FINITE, "S_5"])
+def test_elements_are_listed_breadth_first(name):
+    group = CASES[name][0] if name in CASES else groups.symmetric(5)
+    assert torch.equal(group.elements(), listed_one_by_one(group))

@@ -423,3 +423,12 @@ def test_bad_input_is_named(case):
     make, message = BAD[case]
     with pytest.raises(RepresentationError, match=message):
         make()
+
+
+@pytest.mark.parametrize(("inputs", "outputs"), [("", "1x1o"), ("1x1o", ""), ("", ""), ("0x1o", "1x1o")])
+def test_maps_from_or_to_nothing_have_no_defect(inputs, outputs):
+    space = intertwiners(inputs, outputs)
+    maps = torch.zeros(5, *space.shape, requires_grad=True)
+    defect = space.defect(maps)
+    assert torch.equal(defect, torch.zeros(len(space.generator_names), 5))
+    assert torch.autograd.grad(defect.sum(), maps)[0].shape == maps.shape

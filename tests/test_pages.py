@@ -31,6 +31,23 @@ def test_the_pages_with_code_are_found():
     assert {TESTING, TUTORIAL, HOW_TO / "training-setups.md"} <= set(PAGES)
 
 
+class Lengths(torch.nn.Module):
+    """An ordinary float32 network of the lengths of vectors: invariant."""
+
+    def __init__(self):
+        super().__init__()
+        self.network = torch.nn.Sequential(torch.nn.Linear(1, 8), torch.nn.SiLU(), torch.nn.Linear(8, 1))
+
+    def forward(self, points):
+        return self.network(points.norm(dim=-1, keepdim=True))
+
+
+def test_the_property_test_of_the_how_to_page_takes_a_float32_network():
+    names, lengths = run(TESTING), Lengths()
+    names["my_model"] = lambda points: points * lengths(points)
+    names["test_my_model"]()
+
+
 def test_the_property_test_of_the_how_to_page_can_fail():
     names = run(TESTING)
     assert "0.3 %" in TESTING.read_text(encoding="utf-8") and "no rounding" in names["report"].verdict
@@ -101,10 +118,10 @@ def test_the_loop_of_the_readme_runs(monkeypatch, capsys):
 def test_the_property_test_of_the_readme_runs_and_can_fail():
     pytest.importorskip("hypothesis")
     _, test = readme_blocks()
-    names = {"ce": ce, "model": lambda points: points.square().sum(-1, keepdim=True)}
+    names = {"ce": ce, "model": Lengths()}
     execute(test, README, names)
     names["test_my_model"]()
-    names["model"] = lambda points: points[:, 2:]
+    names["model"] = torch.nn.Linear(3, 1)
     with pytest.raises(EquivarianceError):
         names["test_my_model"]()
 

@@ -267,6 +267,23 @@ def test_a_shared_layer_is_relaxed_once_and_stays_shared():
     assert type(model[0]) is VectorMap and model[0] is model[2]
 
 
+def test_a_wrapped_container_is_relaxed_and_runs():
+    class Wrapped(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = nn.Sequential(nn.Linear(3, 3), nn.Tanh())
+
+        def forward(self, x):
+            return self.inner(x)
+
+    model, x = Wrapped(), torch.randn(5, 3)
+    plain = model(x)
+    ce.relax(model, where=lambda n, m: n == "", adapter=ce.adapters.linear("1x1o", "1x1o"), init=0.1)
+    assert differs(model(x), plain)
+    with ce.disabled(model):
+        assert torch.equal(model(x), plain)
+
+
 def test_layers_without_values_are_refused():
     with torch.device("meta"):
         model = nn.Sequential(nn.Linear(3, 3), nn.Tanh())

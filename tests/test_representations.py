@@ -335,12 +335,22 @@ BAD = {
     "triples": (lambda: reps.permutation(3, order=3), "order=3"),
     "regular of a Lie group": (lambda: reps.regular(SO2), "infinitely many"),
     "identity not kept": (lambda: reps.from_function(SO2, "double", 2, lambda g: 2 * g), "at the identity"),
-    "wrong size": (lambda: reps.from_function(SO2, "three", 3, lambda g: g), r"\(4, 3, 3\)"),
-    "no batches": (lambda: reps.from_function(SO2, "first", 2, lambda g: g[0]), r"expected \(4, 2, 2\)"),
+    "wrong size": (lambda: reps.from_function(SO2, "three", 3, lambda g: g), r"\(7, 3, 3\)"),
+    "no batches": (lambda: reps.from_function(SO2, "first", 2, lambda g: g[0]), r"expected \(7, 2, 2\)"),
     "anti-homomorphism": (
         lambda: reps.from_function(groups.SO3(), "transposed", 3, lambda g: g.mT),
         "found a difference",
     ),
+    "squares in O(2)": (lambda: reps.from_function(groups.O2(), "twice", 2, lambda g: g @ g), "found a difference"),
+    "squares in D_4": (
+        lambda: reps.from_function(groups.dihedral(4), "twice", 2, lambda g: g @ g),
+        "found a difference",
+    ),
+    "integer features": (
+        lambda: reps.vectors(1).act(-groups.O3().identity, torch.ones(3, dtype=torch.long)),
+        r"torch\.int64: expected floating point or complex, .*features\.double\(\)",
+    ),
+    "boolean features": (lambda: reps.vectors(1).act(-groups.O3().identity, torch.ones(3).bool()), r"torch\.bool"),
     "not differentiable": (lambda: reps.from_function(SO2, "detached", 2, lambda g: g.detach()), "without detach"),
     "too few matrices": (
         lambda: reps.from_matrices(groups.dihedral(3), "one", torch.eye(2)[None]),
@@ -395,3 +405,33 @@ def test_restrictions_of_different_groups_are_told_apart():
     """The regular representations of C_8 and D_4, each restricted to C_4, have equal names, dimensions and group."""
     first, second = (reps.restrict(reps.regular(g), groups.cyclic(4)) for g in (groups.cyclic(8), groups.dihedral(4)))
     assert first.dim == second.dim == 8 and first != second
+
+
+def test_representations_that_differ_at_flips_alone_are_told_apart():
+    o2 = groups.O2()
+    polar = reps.from_function(o2, "mine", 2, lambda g: g)
+    axial = reps.from_function(o2, "mine", 2, lambda g: g * torch.linalg.det(g)[..., None, None])
+    assert polar == reps.from_function(o2, "mine", 2, lambda g: g.clone()) != axial
+
+
+def test_complex_features_are_acted_on():
+    x = torch.randn(5, 3, dtype=torch.complex128)
+    g = drawn(groups.O3(), 6, 1)[0]
+    moved = reps.vectors(1).act(g, x)
+    assert close(moved.real, x.real @ g.T) and close(moved.imag, x.imag @ g.T)
+
+
+@pytest.mark.parametrize("order", [20, 21, 26])
+def test_rounded_matrices_make_representations(order):
+    turn = groups.cyclic(order).generators
+    rounded = groups.matrix_group("rounded", generators=turn.float())
+    for group, generators in ((rounded, turn), (groups.cyclic(order), turn.float())):
+        r = reps.from_matrices(group, "turn", generators)
+        assert torch.allclose(r.matrix(group.elements()), group.elements(), atol=1e-5)
+    columns = reps.regular(rounded).matrix(rounded.elements()).sum(-2)
+    assert torch.equal(columns, torch.ones(order, order, dtype=torch.float64))
+
+
+def test_integers_that_do_not_move_stay_as_they_are():
+    species = torch.tensor([[1, 6], [8, 1]])
+    assert reps.irreps("2x0e").act(-groups.O3().identity, species) is species

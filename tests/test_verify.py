@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from constrained_equiv import Symmetry, actions, assert_equivariant, equivariance_error, groups
 from constrained_equiv import representations as reps
+from constrained_equiv._verify import call
 from constrained_equiv.errors import EquivarianceError, RepresentationError
 
 O3, SO3, E3, S5 = groups.O3(), groups.SO3(), groups.E3(), groups.symmetric(5)
@@ -414,3 +415,85 @@ def test_bad_input_is_named(case):
     make, message = BAD[case]
     with pytest.raises(RepresentationError, match=message):
         make()
+
+
+# --- models with manners of their own ---------------------------------------------------------------------------------
+
+
+def doubled_in_place(x):
+    x *= 2
+    return x
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_model_may_change_its_inputs_in_place(dtype):
+    x = inputs_of([(5, 3)], dtype)
+    before = x.clone()
+    assert_equivariant(doubled_in_place, x, symmetry=VECTORS)
+    assert equivariance_error(doubled_in_place, x, symmetry=VECTORS) < 1e-5
+    with pytest.raises(EquivarianceError):
+        assert_equivariant(lambda x: doubled_in_place(x).abs(), x, symmetry=VECTORS)
+    assert torch.equal(x, before)
+    pair = {"x": x, "scale": torch.ones(5, 1).to(x)}
+
+    def scaled(data):
+        data["scale"].mul_(3)
+        return data["x"].mul_(data["scale"])
+
+    assert_equivariant(scaled, pair, symmetry=Symmetry(O3, {"x": "1x1o", "scale": None}, "1x1o"))
+    assert torch.equal(x, before) and pair["scale"].max() == 1
+
+
+def test_a_model_may_differentiate_what_it_takes():
+    """Copies of inputs that want a gradient want one too, under no_grad as well."""
+    x = inputs_of([(2, 5, 3)], torch.float64).requires_grad_()
+
+    def model(x):
+        with torch.enable_grad():
+            energy = pair_energy(x)
+            return {"energy": energy, "forces": -torch.autograd.grad(energy.sum(), x)[0]}
+
+    with torch.no_grad():
+        assert torch.equal(call(model, x)["forces"], model(x)["forces"])
+    (slope,) = torch.autograd.grad(call(pair_energy, x).sum(), x)  # the copy is in the graph
+    assert slope.any()
+
+
+def test_a_model_may_change_geometric_tensors_in_place():
+    pytest.importorskip("escnn")
+    from escnn import gspaces
+    from escnn import nn as enn
+
+    space = gspaces.rot2dOnR2(4)
+    kind = enn.FieldType(space, 2 * [space.regular_repr])
+    layer = enn.R2Conv(kind, kind, 3, padding=1)
+    seen = []
+
+    def model(features):
+        seen.append(features)
+        features.tensor.mul_(2)
+        return layer(features).tensor
+
+    features = enn.GeometricTensor(torch.randn(2, 8, 5, 5), kind)
+    before = features.tensor.clone()
+    assert torch.equal(call(model, features), call(model, features))
+    assert torch.equal(features.tensor, before)
+    assert type(seen[0]) is enn.GeometricTensor and seen[0].type == kind and seen[0] is not features
+
+
+def asserting(x):
+    assert x.dtype == torch.float32, "this model takes float32"
+    return x + 0.01 * x.abs()
+
+
+def refusing(x):
+    if x.dtype != torch.float32:
+        raise ValueError("this model takes float32")
+    return x + 0.01 * x.abs()
+
+
+@pytest.mark.parametrize("model", [asserting, refusing])
+def test_models_that_refuse_another_dtype_are_judged_in_their_own(model):
+    x = inputs_of([(5, 3)], torch.float32)
+    with pytest.raises(EquivarianceError, match="last digits"):
+        assert_equivariant(model, x, symmetry=VECTORS)

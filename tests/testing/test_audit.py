@@ -8,7 +8,7 @@ import constrained_equiv as ce
 from constrained_equiv import Symmetry, actions, groups
 from constrained_equiv import representations as reps
 from constrained_equiv._audit import audit
-from constrained_equiv._trace import trace, unchanged
+from constrained_equiv._trace import atoms, trace, unchanged
 from tests.cases import case_named
 from tests.testing.zoo import ENERGY, NODES, O3, POINTS, VECTORS, Function, Mix, Neighbours, Pairs, lattice, network
 
@@ -319,3 +319,35 @@ def test_a_nan_does_not_pass():
 def test_centring_in_front_of_a_translation_invariant_network():
     torch.manual_seed(0)
     assert audit(network(Pairs(centred)).double(), torch.randn(2, 5, 3).double(), symmetry=ENERGY).passed
+
+
+class Trying(nn.Module):
+    """Falls back on another layer where its first one raises, within or outside a part of that."""
+
+    def __init__(self, first):
+        super().__init__()
+        self.first, self.second = first, nn.Linear(3, 3)
+
+    def forward(self, x):
+        try:
+            return self.first(x)
+        except RuntimeError:
+            return self.second(x)
+
+
+@pytest.mark.parametrize("first", [nn.Linear(4, 3), nn.Sequential(nn.Identity(), nn.Linear(4, 3))])
+def test_calls_that_raised_are_left_out_of_the_trace(first):
+    model, x = Trying(first), torch.randn(5, 3)
+    found = trace(model, lambda: model(x))
+    done = [(e.stage, e.call.name) for e in found.events if not e.call.name.startswith("first.0")]
+    assert done == [("enter", ""), ("enter", "second"), ("leave", "second"), ("leave", "")]
+    assert torch.equal(found.events[-1].call.output, found.output)
+
+
+def test_what_is_changed_in_place_is_another_tensor():
+    (before,) = atoms(tensor := torch.randn(5, 3))
+    assert atoms(tensor.view(5, 3))[0].key == before.key
+    tensor[0] = 1.0
+    assert atoms(tensor)[0].key != before.key
+    with torch.inference_mode():
+        assert atoms(torch.ones(2))[0].key[-1] == 0

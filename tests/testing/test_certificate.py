@@ -246,3 +246,134 @@ def test_convolutions_are_bounded_by_the_sum_over_kernel_points():
     ]
     exact = float(torch.linalg.matrix_norm(torch.stack(rows), 2))  # of one dense convolution with these channels
     assert exact <= bound.strength
+
+
+# --- code that a trace of modules does not see -----------------------------------------------------------------------
+
+TURNS = Symmetry(groups.O3(), "2x1o", "2x1o")
+
+
+class Between(nn.Module):
+    """Two identities, and code in between and behind."""
+
+    def __init__(self, between=lambda h: h, behind=lambda o, h: o, middle=None):
+        super().__init__()
+        self.a, self.b = nn.Linear(6, 6, bias=False), nn.Linear(6, 6, bias=False)
+        self.middle = middle or nn.Identity()
+        self.between, self.behind = between, behind
+        with torch.no_grad():
+            self.a.weight.copy_(torch.eye(6))
+            self.b.weight.copy_(torch.eye(6))
+
+    def forward(self, x):
+        h = self.between(self.a(x))
+        return self.behind(self.b(self.middle(h)), h)
+
+
+def leaning(model):
+    """One entry of the term is not zero, and the input is what it acts on."""
+    ce.relax(model, where=lambda n, m: n == "a", adapter=ce.adapters.linear("2x1o", "2x1o"))
+    model.a.non_equivariant.weight.data[0, 1] = 0.5
+    x = torch.zeros(1, 6)
+    x[0, 1] = 1.0
+    return x
+
+
+UNSEEN = {
+    "in place between": (Between(lambda h: h.mul_(10)), "code between"),
+    "out of place between": (Between(lambda h: h * 10), "code between"),
+    "in place behind": (Between(behind=lambda o, h: o.mul_(10)), "code after 'b'"),
+    "added in place": (Between(behind=lambda o, h: o.add_(h)), "code after 'b'"),
+    "out of place behind": (Between(behind=lambda o, h: o * 10), "code after 'b'"),
+}
+
+
+@pytest.mark.parametrize("name", UNSEEN)
+def test_no_bound_is_given_past_code_that_changes_tensors(name):
+    model, words = UNSEEN[name]
+    model = copy.deepcopy(model)
+    x = leaning(model)
+    report = ce.finalize(model, batches=[x], symmetry=TURNS, on_violation="drop")
+    assert report.certificate.equivariance is None and words in report.certificate.bounds[0].reason
+
+
+def hooked(model, name):
+    target = model.get_submodule(name.split()[-1])
+    if name.startswith("before"):
+        target.register_forward_pre_hook(lambda m, args: (args[0].mul_(10),))
+    else:
+        target.register_forward_hook(lambda m, args, out: out * 10)
+    return model
+
+
+@pytest.mark.parametrize("name", ["after middle", "after b", "before b", "after a"])
+def test_hooks_have_no_constant_unless_one_is_stated(name):
+    model = hooked(Between(), name)
+    x = leaning(model)
+    found = certify(model, terms_of(model), x, symmetry=TURNS)
+    assert found.equivariance is None and found.bounds[0].reason
+    stated = certify(model, terms_of(model), x, symmetry=TURNS, lipschitz={name.split()[-1]: 10.0})
+    if name in ("after middle", "after b"):
+        assert "hooks on" in found.bounds[0].reason
+        assert stated.measured <= stated.equivariance
+    else:  # the term's own layer, and a tensor changed before the layer is seen to take it
+        assert stated.equivariance is None
+
+
+def test_the_hook_of_a_models_only_layer_has_no_constant():
+    model = nn.Linear(6, 6, bias=False)
+    model.register_forward_hook(lambda m, args, out: out * 10)
+    ce.relax(model, where=lambda n, m: True, adapter=ce.adapters.linear("2x1o", "2x1o"), init=0.1)
+    found = certify(model, terms_of(model), torch.randn(5, 6), symmetry=TURNS)
+    assert found.equivariance is None and "hooks on '(model)'" in found.bounds[0].reason
+
+
+def test_activations_in_place_keep_their_bound():
+    model, x = set_network(activation=nn.ReLU(inplace=True))
+    found = certify(model, terms_of(model), x, symmetry=SETS)
+    assert found.equivariance is not None and found.measured <= found.equivariance
+
+
+def test_inference_mode_hides_what_is_changed_in_place():
+    model = Between(lambda h: h.mul_(10))
+    x = leaning(model)
+    with torch.inference_mode():
+        found = certify(model, terms_of(model), x, symmetry=TURNS)
+    assert found.equivariance is None and "inference mode" in found.bounds[0].reason
+
+
+@pytest.mark.usefixtures("float64_default")
+def test_rows_that_a_tensor_product_repeats_count_each_time():
+    o3 = pytest.importorskip("e3nn.o3")
+
+    class Product(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.product = o3.FullyConnectedTensorProduct("2x1o", "1x0e", "2x1o")
+
+        def forward(self, x, y):
+            return self.product(x, y)
+
+    model = ce.relax(Product(), init=0.3)
+    x, y = torch.randn(1, 6), torch.ones(50, 1)
+    with ce.disabled(model):
+        plain = model(x, y)
+    change = norm(model(x, y) - plain)
+    found = certify(model, terms_of(model), (x, y), symmetry=Symmetry(groups.O3(), ("2x1o", "1x0e"), "2x1o"))
+    (bound,) = found.bounds
+    assert bound.entering == pytest.approx(norm(x) * math.sqrt(50))
+    assert norm(x) * bound.strength < change <= bound.truncation
+    assert found.measured <= found.equivariance
+
+
+def test_a_network_that_catches_an_exception_of_a_layer_is_finalized():
+    class Trying(Between):
+        def forward(self, x):
+            try:
+                return self.b(torch.cat([x, x], -1))
+            except RuntimeError:
+                return self.b(self.a(x))
+
+    model = Trying()
+    report = ce.finalize(model, batches=[leaning(model)], symmetry=TURNS, on_violation="drop")
+    assert report.certificate.measured <= report.certificate.equivariance
