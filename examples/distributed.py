@@ -2,9 +2,10 @@
 
     torchrun --nproc-per-node 2 -m examples.distributed [--strategy ddp|fsdp] [--steps 200]
 
-Every process sees its own rows of each batch; multipliers are identical on all of them, and the result is that of one
-process. With `fsdp` the terms are sharded, and measuring them takes one all-reduce of as many numbers as there are
-layers. On several machines, start the same command on each with torchrun's --nnodes, --node-rank and --rdzv-endpoint.
+Every process sees its own rows of each batch, as many as every other; multipliers are identical on all of them, and the
+result is that of one process. With `fsdp` the terms are sharded, and measuring them takes one all-reduce of as many
+numbers as there are layers. On several machines, start the same command on each with torchrun's --nnodes, --node-rank
+and --rdzv-endpoint.
 """
 
 import argparse
@@ -22,7 +23,7 @@ IRREPS = o3.Irreps("8x0e + 8x1o")
 
 
 class Network(nn.Module):
-    """Two gated layers on vectors."""
+    """A tensor product of vectors and scalars with themselves, between two linear layers."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -81,8 +82,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--strategy", choices=["ddp", "fsdp"], default="ddp")
     parser.add_argument("--steps", type=int, default=200)
-    parser.add_argument("--batch", type=int, default=64, help="rows, shared by the processes")
+    parser.add_argument("--batch", type=int, default=64, help="rows, a multiple of the number of processes")
     options = parser.parse_args()
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    if options.steps < 1:
+        parser.error(f"found --steps {options.steps}: expected at least 1")
+    if options.batch < 1 or options.batch % processes:
+        parser.error(f"found --batch {options.batch}: expected a multiple of {processes}, the number of processes")
     cuda = torch.cuda.is_available()
     dist.init_process_group("nccl" if cuda else "gloo")
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else torch.device("cpu")

@@ -13,7 +13,7 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -93,8 +93,50 @@ class Progress:
     cpu_seconds: float = 0.0
 
 
+def check(
+    task: Task,
+    runs: Iterable[tuple[Method, int]],
+    settings: Settings,
+    folder: Path,
+    *,
+    options: Mapping[str, Any],
+    resume: bool,
+) -> None:
+    """Raise before the first run what would end a later one: every arm takes a step on a model of its own.
+
+    Args:
+        task: as for `run`, like the others.
+        runs: arms and seeds.
+        settings: how long.
+        folder: where checkpoints lie.
+        options: what determines the task.
+        resume: whether checkpoints are gone on from.
+
+    Raises:
+        ValueError: if an arm does not fit the task, or a checkpoint belongs to another run.
+    """
+    built = set()
+    for method, seed in runs:
+        if method.name not in built:
+            try:
+                _try(task, method, settings)
+            except ValueError as error:
+                raise ValueError(f"arm {method.name!r} does not fit the task {task.name!r}: {error}") from error
+            built.add(method.name)
+        checkpoint = folder / f"{method.name}-{seed}.pt"
+        if resume and checkpoint.exists():
+            _read(checkpoint, _configuration(task, method, seed, settings, options))
+
+
 def run(
-    task: Task, method: Method, seed: int, settings: Settings, folder: Path, *, resume: bool = False
+    task: Task,
+    method: Method,
+    seed: int,
+    settings: Settings,
+    folder: Path,
+    *,
+    options: Mapping[str, Any] | None = None,
+    resume: bool = False,
 ) -> dict[str, Any]:
     """Train, select, finalize and test one model.
 
@@ -104,13 +146,14 @@ def run(
         seed: of initial weights, batches and augmentation.
         settings: how long.
         folder: receives `<method>-<seed>.pt` (checkpoint), `.json` (the record returned) and `.csv` (history).
+        options: what determines the task, by name: strings, numbers and None. A run is resumed with the same only.
         resume: go on from the checkpoint if there is one; without it the run starts anew.
 
     Returns:
         The record: configuration, versions, curves, `test`, `extra`, errors, parameters, `step_ms`.
 
     Raises:
-        ValueError: if the checkpoint belongs to other settings, or the arm's terms outlive the start of selection.
+        ValueError: if the checkpoint belongs to another run, or the arm's terms outlive the start of selection.
     """
     if method.until > LEVEL_ENDS:
         raise ValueError(
@@ -119,15 +162,7 @@ def run(
     folder.mkdir(parents=True, exist_ok=True)
     stem = f"{method.name}-{seed}"
     checkpoint = folder / f"{stem}.pt"
-    configuration = {
-        "task": task.name,
-        "method": method.name,
-        "family": method.family,
-        "arm": asdict(method),
-        "seed": seed,
-        "samples": len(task.train[0]),
-        **asdict(settings),
-    }
+    configuration = _configuration(task, method, seed, settings, options or {})
     task = task.to(settings.device)
     torch.manual_seed(seed)
     # escnn: a layer never told that it is in training holds an empty cached filter
@@ -149,8 +184,7 @@ def run(
         started, spent = time.perf_counter(), time.process_time()
         _epoch(task, method, model, optimizer, anneal, seed, epoch, settings, progress)
         if epoch >= window or epoch % settings.spacing == 0:
-            with ce.disabled(model) if method.ends == "drop" else nullcontext():
-                progress.val.append((epoch, evaluate(task, model, settings)))
+            progress.val.append((epoch, validate(task, method, model, settings)))
         if epoch % max(1, settings.epochs // 10) == 0 and ce.relaxations(model):
             progress.relaxed_error = max(progress.relaxed_error, _error(task, model))
         if epoch >= window and not progress.val[-1][1] >= progress.best:  # a run that diverged is selected, and shows
@@ -164,6 +198,8 @@ def run(
 
     model.load_state_dict(best_state)
     trained = _count(model)
+    if not constrained and _keeps_statistics(model):
+        _gather(task, model, settings)  # as `finalize` does for all others
     before = after = _error(task, model)
     notes: tuple[str, ...] = ()
     if isinstance(optimizer, ce.ConstrainedOptimizer):
@@ -223,6 +259,24 @@ def batches(split: Batch, settings: Settings, generator: torch.Generator | None)
     order = torch.arange(count) if generator is None else torch.randperm(count, generator=generator)
     for rows in order.to(split[0].device).split(settings.batch_size):
         yield tuple(tensor[rows] for tensor in split)
+
+
+def validate(task: Task, method: Method, model: nn.Module, settings: Settings) -> float:
+    """Evaluate the model as it will be tested: without terms that will be dropped, and with statistics of that."""
+    twin = copy.deepcopy(model) if _keeps_statistics(model) else model
+    with ce.disabled(twin) if method.ends == "drop" else nullcontext():
+        if twin is not model:
+            _gather(task, twin, settings)
+        return evaluate(task, twin, settings)
+
+
+def _keeps_statistics(model: nn.Module) -> bool:
+    return any(hasattr(module, "momentum") for module in model.modules())
+
+
+def _gather(task: Task, model: nn.Module, settings: Settings) -> None:
+    """Gather the statistics of normalisation layers on the training split, without the turns of augmentation."""
+    ce.recalibrate(model, batches(task.train, settings, None), forward=lambda m, batch: _call(m, task.inputs(batch)))
 
 
 def evaluate(task: Task, model: nn.Module, settings: Settings, *, split: Batch | None = None) -> float:
@@ -389,6 +443,31 @@ def _versions() -> dict[str, str]:
     return {"python": platform.python_version(), "constrained_equiv": ce.__version__, **found}
 
 
+def _try(task: Task, method: Method, settings: Settings) -> None:
+    """Take one step with a model that is thrown away."""
+    model = methods.build(method, task).to(settings.device).train()
+    steps = settings.epochs * settings.steps_per_epoch(len(task.train[0]))
+    optimizer = methods.prepare(method, model, task, steps=steps, lr=settings.lr)
+    task.loss(model, tuple(tensor[: settings.batch_size].to(settings.device) for tensor in task.train)).backward()
+    optimizer.step()
+
+
+def _configuration(
+    task: Task, method: Method, seed: int, settings: Settings, options: Mapping[str, Any]
+) -> dict[str, Any]:
+    """All that a run depends on; its record begins with it, and its checkpoint holds it."""
+    return {
+        "task": task.name,
+        "options": dict(options),
+        "method": method.name,
+        "family": method.family,
+        "arm": asdict(method),
+        "seed": seed,
+        "samples": len(task.train[0]),
+        **asdict(settings),
+    }
+
+
 def _save(path: Path, configuration: dict[str, Any], *parts: Any) -> None:
     model, optimizer, anneal, monitor, progress, best_state = parts
     content = {
@@ -407,15 +486,31 @@ def _save(path: Path, configuration: dict[str, Any], *parts: Any) -> None:
 
 def _load(path: Path, configuration: dict[str, Any], *parts: Any) -> tuple[Progress, dict[str, Any]]:
     model, optimizer, anneal, monitor = parts
-    content = torch.load(path, map_location=configuration["device"], weights_only=True)
-    if content["configuration"] != configuration:
-        raise ValueError(
-            f"{path} was written with {content['configuration']}: expected {configuration}; run without --resume, or "
-            "into another folder with --out"
-        )
+    content = _read(path, configuration)
     model.load_state_dict(content["model"])
     optimizer.load_state_dict(content["optimizer"])
     anneal.load_state_dict(content["anneal"])
     if monitor:
         monitor.load_state_dict(content["monitor"])
     return Progress(**content["progress"]), content["best"]
+
+
+def _read(path: Path, configuration: dict[str, Any]) -> dict[str, Any]:
+    """Load a checkpoint of the same run, or say in what it differs."""
+    content = torch.load(path, map_location=configuration["device"], weights_only=True)
+    found, expected = _flat(content["configuration"]), _flat(configuration)
+    if differ := [key for key in found | expected if found.get(key) != expected.get(key)]:
+        there, here = (", ".join(f"{key}={side.get(key)!r}" for key in differ) for side in (found, expected))
+        raise ValueError(
+            f"{path} was written with {there}: expected {here}; repeat the options of that run, or run without "
+            "--resume, or into another folder with --out"
+        )
+    return content
+
+
+def _flat(configuration: dict[str, Any]) -> dict[str, Any]:
+    """Bring the entries of inner records up, under names with a dot."""
+    flat: dict[str, Any] = {}
+    for key, value in configuration.items():
+        flat |= {f"{key}.{name}": each for name, each in value.items()} if isinstance(value, dict) else {key: value}
+    return flat

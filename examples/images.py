@@ -18,17 +18,16 @@ import constrained_equiv as ce
 from examples import command
 from examples.data import mnist_rot
 from examples.data._npz import Splits
-from examples.models.steerable_cnn import SteerableCNN
 from examples.task import Batch, Task
 
 
 def main(arguments: list[str] | None = None) -> None:
-    options = parse(arguments)
-    command.run(make_task(options), options, scale=100)
+    command.run(make_task, parse(arguments), scale=100)
 
 
 def make_task(options: argparse.Namespace) -> Task:
     """Name the digit, however it is turned."""
+    network = command.steerable().SteerableCNN
 
     def load(pose: Literal["rotated", "upright"]) -> Splits[mnist_rot.Images]:
         if options.data:
@@ -50,7 +49,7 @@ def make_task(options: argparse.Namespace) -> Task:
     group = ce.groups.dihedral(4) if options.reflections else ce.groups.cyclic(4)
     return Task(
         name="rotated images",
-        build=lambda width: SteerableCNN(
+        build=lambda width: network(
             10, width=round(width * options.width), rotations=options.rotations, reflections=options.reflections
         ),
         train=tuple(tensor[: options.samples] for tensor in splits.train.tensors),
@@ -72,16 +71,28 @@ def turn(batch: Batch, generator: torch.Generator) -> Batch:
     return torch.stack([image.rot90(k, (-2, -1)) for image, k in zip(images, turns, strict=True)]), *rest
 
 
+def quarters(text: str) -> int:
+    """Read the order of a group of rotations that holds the quarter turns, by which batches are turned and checked."""
+    count = command.whole(4)(text)
+    if count % 4:
+        raise argparse.ArgumentTypeError(
+            f"found {text!r}: expected a multiple of 4, for batches are turned by 90 degrees"
+        )
+    return count
+
+
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     # the Lie derivative is undefined for kernels of groups that the grid does not carry, so that the triangle's penalty
     # is the distance from equivariance, which vanishes where the Lie derivative does
     default = ["strict", "triangle, distance", "gate", "primal-dual"]
     parser = command.parser(__doc__, out="images", epochs=8, samples=500, batch=32, lr=2e-3, default=default)
-    parser.add_argument("--width", type=int, default=2, help="24 is the published size")
-    parser.add_argument("--rotations", type=int, default=8)
+    parser.add_argument("--width", type=command.whole(1), default=2, help="24 is the published size")
+    parser.add_argument("--rotations", type=quarters, default=8, help="order of the group, a multiple of 4")
     parser.add_argument("--reflections", action="store_true")
     parser.add_argument("--upright", action="store_true", help="train on upright images, test on turned ones")
-    parser.add_argument("--held-out", type=int, default=2_000, help="images to validate and to test, at most")
+    parser.add_argument(
+        "--held-out", type=command.whole(1), default=2_000, help="images to validate and to test, at most"
+    )
     return parser.parse_args(arguments)
 
 

@@ -23,7 +23,7 @@ from examples.task import Task, Where
 
 LEVEL_ENDS = 0.8  # fraction of training after which levels and scales are zero; the tail trains the equivariant model
 
-_NAME = re.compile(r"^(?P<arm>.*?)( x(?P<rate>[0-9.]+))?(?P<still>, no turns)?$")
+_NAME = re.compile(r"^(?P<arm>.*?)( x(?P<rate>[0-9]+([.][0-9]+)?))?(?P<still>, no turns)?$")
 
 Recipe = Literal["strict", "level", "triangle", "gate", "ridge", "free"]
 
@@ -155,10 +155,10 @@ def find(name: str) -> Method:
         ValueError: if there is no such arm.
     """
     parts = _NAME.match(name)
-    if parts is None or parts["arm"] not in METHODS:
+    if parts is None or parts["arm"] not in METHODS or (parts["rate"] and not float(parts["rate"])):
         raise ValueError(
             f"found arm {name!r}: expected one of {', '.join(METHODS)}; after it, where wanted, a factor on the "
-            "learning rate such as ' x2', and ', no turns'"
+            "learning rate above 0 such as ' x2', and ', no turns'"
         )
     return replace(METHODS[parts["arm"]], name=name, rate=float(parts["rate"] or 1), augment=parts["still"] is None)
 

@@ -47,8 +47,7 @@ class VNMotion(nn.Module):
 
 
 def main(arguments: list[str] | None = None) -> None:
-    options = parse(arguments)
-    command.run(make_task(options), options)
+    command.run(make_task, parse(arguments))
 
 
 def make_task(options: argparse.Namespace) -> Task:
@@ -96,9 +95,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     default = [*command.DEFAULT_METHODS, "resilient"]
     parser = command.parser(__doc__, out="mocap", epochs=100, samples=300, batch=20, lr=2e-3, default=default)
     parser.add_argument("--motion", choices=["walk", "run"], default="walk")
-    parser.add_argument("--ahead", type=int, default=30, help="frames from input to target")
-    parser.add_argument("--width", type=int, default=32, help="vectors in a layer")
-    parser.add_argument("--layers", type=int, default=3)
+    parser.add_argument("--ahead", type=command.whole(1), default=30, help="frames from input to target")
+    parser.add_argument("--width", type=command.whole(1), default=32, help="vectors in a layer")
+    parser.add_argument("--layers", type=command.whole(1), default=3)
     return parser.parse_args(arguments)
 
 

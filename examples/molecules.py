@@ -20,8 +20,7 @@ from examples.task import Batch, Extra, Task
 
 
 def main(arguments: list[str] | None = None) -> None:
-    options = parse(arguments)
-    command.run(make_task(options), options)
+    command.run(make_task, parse(arguments))
 
 
 def make_task(options: argparse.Namespace) -> Task:
@@ -88,8 +87,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = command.parser(__doc__, out="molecules", epochs=60, samples=200, batch=20, lr=5e-3)
     parser.add_argument("--molecule", choices=rmd17.MOLECULES, default="ethanol")
     parser.add_argument("--hidden", default="16x0e+16x1o", help="irreps of the features")
-    parser.add_argument("--layers", type=int, default=2)
-    parser.add_argument("--lmax", type=int, default=1, help="highest degree of the harmonics of an edge")
+    parser.add_argument("--layers", type=command.whole(1), default=2)
+    parser.add_argument("--lmax", type=command.whole(0), default=1, help="highest degree of the harmonics of an edge")
     return parser.parse_args(arguments)
 
 

@@ -1,8 +1,8 @@
 """The main job: a steerable E(3) network learns charged five-body dynamics, strictly and through relaxation.
 
     python -m examples.nbody                      # about five minutes on two CPU cores, simulated data
-    python -m examples.nbody --data PATH/nbody5_charged.npz
-    python -m examples.nbody --resume             # after Ctrl-C: goes on from the last finished epoch
+    python -m examples.nbody --data FOLDER        # with nbody5_charged.npz, or the file itself
+    python -m examples.nbody --resume             # after Ctrl-C: goes on; with all other options as before
 
 The published setting: `--samples 3000 --validation 2000 --hidden 32x0e+32x1o --layers 4 --batch 100 --epochs 1000
 --seeds 0 1 2 --lr 5e-4` (hours on a CPU). Writes a table, `results.json` and plots into `--out`. The lines that use the
@@ -22,8 +22,7 @@ from examples.task import Batch, Extra, Task
 
 
 def main(arguments: list[str] | None = None) -> None:
-    options = parse(arguments)
-    command.run(make_task(options), options, scale=1e3)
+    command.run(make_task, parse(arguments), scale=1e3)
 
 
 def make_task(options: argparse.Namespace) -> Task:
@@ -73,11 +72,11 @@ def turn(batch: Batch, generator: torch.Generator) -> Batch:
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = command.parser(__doc__, out="nbody", epochs=120, samples=500, batch=50, lr=4e-3)
-    parser.add_argument("--validation", type=int, default=500, help="validation and test samples, each")
+    parser.add_argument("--validation", type=command.whole(1), default=500, help="validation and test samples, each")
     parser.add_argument("--hidden", default="16x0e+16x1o", help="irreps of the features")
-    parser.add_argument("--layers", type=int, default=3)
+    parser.add_argument("--layers", type=command.whole(1), default=3)
     parser.add_argument(
-        "--ten-bodies", type=int, default=0, help="also test on so many simulated systems of ten bodies"
+        "--ten-bodies", type=command.whole(0), default=0, help="also test on so many simulated systems of ten bodies"
     )
     return parser.parse_args(arguments)
 

@@ -34,8 +34,7 @@ class Property(nn.Module):
 
 
 def main(arguments: list[str] | None = None) -> None:
-    options = parse(arguments)
-    command.run(make_task(options), options)
+    command.run(make_task, parse(arguments))
 
 
 def make_task(options: argparse.Namespace) -> Task:
@@ -50,6 +49,8 @@ def make_task(options: argparse.Namespace) -> Task:
 
     def small(molecules: qm9.Molecules, most: int) -> qm9.Molecules:
         found = molecules.select(molecules.numbers.count_nonzero(1) <= options.atoms).select(slice(0, most))
+        if not len(found):
+            raise ValueError(f"found no molecule of at most {options.atoms} atoms, expected some; raise --atoms")
         numbers, positions, charges = (t[:, : options.atoms] for t in found.tensors[:3])  # atoms come first in a row
         return qm9.Molecules(numbers, positions, charges, found.targets)
 
@@ -103,11 +104,13 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = command.parser(__doc__, out="qm9", epochs=40, samples=300, batch=20, lr=5e-3)
     parser.add_argument("--target", choices=list(qm9.PROPERTIES), default="alpha", help="an extensive one fits the sum")
     parser.add_argument("--hidden", default="16x0e+16x1o", help="irreps of the features")
-    parser.add_argument("--layers", type=int, default=2)
-    parser.add_argument("--lmax", type=int, default=1)
-    parser.add_argument("--cutoff", type=float, default=5.0, help="angstrom")
-    parser.add_argument("--atoms", type=int, default=qm9.ATOMS, help="leave out molecules of more atoms")
-    parser.add_argument("--held-out", type=int, default=1_000, help="molecules to validate and to test, at most")
+    parser.add_argument("--layers", type=command.whole(1), default=2)
+    parser.add_argument("--lmax", type=command.whole(0), default=1)
+    parser.add_argument("--cutoff", type=command.positive, default=5.0, help="angstrom")
+    parser.add_argument("--atoms", type=command.whole(1), default=qm9.ATOMS, help="leave out molecules of more atoms")
+    parser.add_argument(
+        "--held-out", type=command.whole(1), default=1_000, help="molecules to validate and to test, at most"
+    )
     return parser.parse_args(arguments)
 
 

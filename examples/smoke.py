@@ -17,7 +17,6 @@ from torch import Tensor, nn
 import constrained_equiv as ce
 from examples import command
 from examples.data import smoke
-from examples.models.steerable_cnn import FlowCNN
 from examples.task import Batch, Extra, Task
 
 PAST = 31  # of the 51 frames of a run, those to train on; the others test the future
@@ -25,12 +24,12 @@ ROLLOUT = 6
 
 
 def main(arguments: list[str] | None = None) -> None:
-    options = parse(arguments)
-    command.run(make_task(options), options)
+    command.run(make_task, parse(arguments))
 
 
 def make_task(options: argparse.Namespace) -> Task:
     """Predict the next velocity field."""
+    network = command.steerable().FlowCNN
     extra = {}
     if options.data:
         kept = {"history": options.history, "coarsen": options.coarsen}
@@ -48,7 +47,7 @@ def make_task(options: argparse.Namespace) -> Task:
     order = torch.randperm(len(splits.train), generator=torch.Generator().manual_seed(options.data_seed))
     return Task(
         name="smoke",
-        build=lambda width: FlowCNN(history=options.history, width=round(width * options.width), layers=options.layers),
+        build=lambda width: network(history=options.history, width=round(width * options.width), layers=options.layers),
         train=tuple(tensor[order[: options.samples]] for tensor in splits.train.tensors),
         val=splits.val.tensors,
         test=splits.test.tensors,
@@ -84,10 +83,12 @@ def quarter_turn(element: Tensor, fields: Tensor) -> Tensor:
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     default = [*command.DEFAULT_METHODS, "resilient"]
     parser = command.parser(__doc__, out="smoke", epochs=30, samples=300, batch=16, lr=2e-3, default=default)
-    parser.add_argument("--history", type=int, default=2, help="frames in the input")
-    parser.add_argument("--coarsen", type=int, default=2, help="of recorded data: average blocks of so many cells")
-    parser.add_argument("--width", type=int, default=4)
-    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--history", type=command.whole(1), default=2, help="frames in the input")
+    parser.add_argument(
+        "--coarsen", type=command.whole(1), default=2, help="of recorded data: average blocks of so many cells"
+    )
+    parser.add_argument("--width", type=command.whole(1), default=4)
+    parser.add_argument("--layers", type=command.whole(2), default=4)
     return parser.parse_args(arguments)
 
 

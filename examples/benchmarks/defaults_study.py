@@ -4,8 +4,8 @@
 
 A permutation-equivariant network of three layers (6 points, 8 channels) learns from 256 noisy samples of a teacher of
 its own kind, symmetric or with an asymmetric part; Adam at 0.01 with a cosine schedule. One option at a time leaves the
-default. Printed: test loss of the equivariant model after `finalize` (mean and standard deviation over seeds), the
-largest violation along the way, and the largest multiplier.
+default. Printed: test loss of the equivariant model after `finalize` (mean and population standard deviation over
+seeds), the largest violation along the way, and the largest multiplier.
 """
 
 import argparse

@@ -89,9 +89,14 @@ def read_npz(folder: str | Path, name: str, shapes: Mapping[str, Shape]) -> dict
 
     Raises:
         FileNotFoundError: If there is no such file.
+        NotADirectoryError: If the folder is a file.
         ValueError: If it is no file of named arrays, lacks one, or one has another shape.
     """
     path = Path(folder) / name
+    if path.parent.is_file():
+        raise NotADirectoryError(
+            f"found the file {str(folder)!r}, expected the folder that holds {name}; pass {str(path.parent.parent)!r}"
+        )
     if not path.is_file():
         inside = sorted(entry.name for entry in path.parent.iterdir()) if path.parent.is_dir() else None
         found = "no such folder" if inside is None else f"{inside} in it" if inside else "an empty folder"

@@ -1,8 +1,8 @@
 """Charged five-body system: positions and velocities now, positions a while later.
 
-Enter a seed (`simulate`) or the path of stored trajectories (`load`); leave three splits of float32 tensors, ready for
-a `TensorDataset`. The training scripts call it. The one law: while no force is clipped, momentum and, to the order of
-the integrator, energy stay what they were, because the walls of the original simulator act on the start only.
+Enter a seed (`simulate`) or the folder of ``nbody5_charged.npz`` (`load`); leave three splits of float32 tensors, ready
+for a `TensorDataset`. The training scripts call it. The one law: while no force is clipped, momentum and, to the order
+of the integrator, energy stay what they were, because the walls of the original simulator act on the start only.
 
 The recipe is the field's: five particles of charge +-1 attract and repel each other with the Coulomb force
 F_i = sum_j q_i q_j (x_i - x_j) / |x_i - x_j|^3, at unit mass and unit strength.
@@ -17,8 +17,10 @@ Reference:
 from __future__ import annotations
 
 import os
+import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -31,6 +33,7 @@ __all__ = ["NBody", "Splits", "advance", "load", "sample_start", "simulate"]
 Array = NDArray[np.float64]
 AnyArray = NDArray[Any]
 
+FILE = "nbody5_charged.npz"
 PARTICLES = 5
 TIME_STEP = 1e-3
 STEPS_PER_FRAME = 100
@@ -125,8 +128,9 @@ def load(
     """Read stored trajectories.
 
     Args:
-        path: An `.npz` file with `loc_*` and `vel_*` of shape `(count, frames, particles, 3)`, `charge_*` of shape
-            `(count, particles)` for `*` in train, val, test, and `frame`, the frame numbers along the second axis.
+        path: The folder that holds ``nbody5_charged.npz``, or the path of an `.npz` file, with `loc_*` and `vel_*` of
+            shape `(count, frames, particles, 3)`, `charge_*` of shape `(count, particles)` for `*` in train, val, test,
+            and `frame`, the frame numbers along the second axis.
         counts: Keep only the first trajectories of each split; everything by default.
         input_frame: Frame of the inputs.
         target_frame: Frame of the targets.
@@ -135,9 +139,19 @@ def load(
         The three splits, float32.
 
     Raises:
-        ValueError: If an array or a frame is missing, or more trajectories are asked for than are stored.
+        FileNotFoundError: If there is no such file.
+        ValueError: If it is no file of named arrays, an array or a frame is missing, or more trajectories are asked for
+            than are stored.
     """
     _check_frames(input_frame, target_frame)
+    path = Path(path, FILE) if Path(path).is_dir() else Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"found no file {str(path)!r}, expected {FILE} or the folder that holds it; call simulate(...) for data "
+            "that need no file"
+        )
+    if not zipfile.is_zipfile(path):
+        raise ValueError(f"found {path.stat().st_size} bytes in {path} that are no npz archive; copy the file again")
     with np.load(path) as file:
         required = ["frame", *(f"{kind}_{name}" for name in SPLIT_NAMES for kind in ("loc", "vel", "charge"))]
         if missing := [key for key in required if key not in file]:

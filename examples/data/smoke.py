@@ -20,7 +20,7 @@ import torch
 from torch import Generator, Tensor
 from torch.nn.functional import avg_pool2d
 
-from examples.data._npz import Samples, Splits, check_choice, cut, read_npz, with_held_out
+from examples.data._npz import Samples, Splits, check_choice, read_npz, with_held_out
 
 __all__ = ["Flows", "load", "quarter_turn", "synthetic"]
 
@@ -87,8 +87,8 @@ def synthetic(
 ) -> Splits[Flows]:
     """Simulate smoothed point vortices, which carry each other along, in an incompressible flow without walls.
 
-    Four samples in turn share one set-up, turned by 0, 1, 2 and 3 quarter turns; with d of them the vortices are
-    ``1 + breaking d`` times as strong. Vortex i moves every point y around itself with
+    Four samples in turn share one set-up, which is in one split only, turned by 0, 1, 2 and 3 quarter turns; with d of
+    them the vortices are ``1 + breaking d`` times as strong. Vortex i moves every point y around itself with
     ``s_i / (2 pi) J (y - x_i) / (|y - x_i|^2 + core^2)``, J the quarter turn.
 
     Args:
@@ -99,8 +99,9 @@ def synthetic(
         breaking: How much the symmetry is broken; 0 keeps it.
         history: Frames in the input; the target is one frame later.
     """
-    generator, total = Generator().manual_seed(seed), with_held_out(count)
-    groups = -(-total // 4)
+    generator, held_out = Generator().manual_seed(seed), (with_held_out(count) - count) // 2
+    shares = [-(-rows // 4) for rows in (count, held_out, held_out)]  # set-ups of each split
+    groups = sum(shares)
     turn = torch.tensor([[0.0, -1.0], [1.0, 0.0]])
     directions = torch.arange(4).repeat(groups)
     turns = torch.stack([torch.linalg.matrix_power(turn, d) for d in DIRECTIONS]).repeat(groups, 1, 1)
@@ -121,7 +122,9 @@ def synthetic(
         for _ in range(5):
             places = places + step * velocity(places)
     flows = _windows(torch.stack(frames, dim=1), directions, history, 1)
-    return cut(flows.select(slice(0, total)), count)
+    starts = (0, 4 * shares[0], 4 * (shares[0] + shares[1]))
+    sizes = (count, held_out, held_out)
+    return Splits(*(flows.select(slice(at, at + rows)) for at, rows in zip(starts, sizes, strict=True)))
 
 
 def quarter_turn(fields: Tensor, times: int = 1) -> Tensor:

@@ -159,6 +159,13 @@ def test_a_missing_file_is_an_error_that_names_it(source: Source, tmp_path: Path
 
 
 @each_source
+def test_a_file_in_place_of_its_folder_is_an_error_that_names_the_folder(source: Source, tmp_path: Path) -> None:
+    (tmp_path / source.file).touch()
+    with pytest.raises(NotADirectoryError, match=f"found the file .*expected the folder .*pass '{tmp_path}'"):
+        source.load(tmp_path / source.file)
+
+
+@each_source
 def test_a_file_of_something_else_is_an_error_that_says_so(source: Source, tmp_path: Path) -> None:
     (tmp_path / source.file).write_text("version https://git-lfs")
     with pytest.raises(ValueError, match=r"found 23 bytes in .* no npz archive"):
@@ -238,6 +245,17 @@ def test_simulated_flow_commutes_with_quarter_turns_unless_broken(breaking: floa
         assert error < 1e-5 if breaking == 0 else error > 0.1
     assert torch.equal(smoke.quarter_turn(flows.inputs, 4), flows.inputs)
     assert torch.equal(smoke.quarter_turn(smoke.quarter_turn(flows.inputs), 3), flows.inputs)
+
+
+@pytest.mark.parametrize("count", [1, 5, 10, 16])
+def test_a_simulated_set_up_is_in_one_split_only(count: int) -> None:
+    splits = smoke.synthetic(count, breaking=0.0, history=2)
+    assert [len(flows) for flows in splits] == [count, max(count // 4, 1), max(count // 4, 1)]
+    assert all(torch.equal(flows.directions, torch.arange(len(flows)) % 4) for flows in splits)
+    uprights = [flows.inputs[i].sub(flows.inputs[i].mean()) for flows in splits for i in range(0, len(flows), 4)]
+    turned = torch.stack([smoke.quarter_turn(upright, k) for upright in uprights for k in range(4)])
+    found = torch.cdist(turned.flatten(1), turned.flatten(1)).fill_diagonal_(1.0)
+    assert found.min() > 1e-3  # no two of the first of each four are one another turned
 
 
 @on_files

@@ -31,6 +31,19 @@ def last_line(processes: int, *options: str) -> str:
     return found.stdout.splitlines()[-1]
 
 
+def test_a_batch_that_the_processes_cannot_share_is_refused() -> None:
+    found = subprocess.run(
+        [sys.executable, "-m", "examples.distributed", "--batch", "63"],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env={**os.environ, "WORLD_SIZE": "2"},
+        timeout=120,
+    )
+    assert found.returncode == 2
+    assert "found --batch 63: expected a multiple of 2, the number of processes" in found.stderr
+
+
 def test_two_processes_find_what_one_finds() -> None:
     alone = last_line(1)
     assert alone.endswith("same multipliers: True") and "largest term 0.0e+00" in alone

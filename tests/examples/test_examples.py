@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -42,3 +43,36 @@ def test_example_runs_in_small(name: str, small: str, framework: str | None, tol
         assert resilient["kept"]
         assert resilient["error_after"] > tolerance
     assert all((tmp_path / picture).stat().st_size > 10_000 for picture in ("validation.png", "test.png"))
+
+
+@pytest.mark.parametrize("name", ["images", "smoke"])
+def test_without_escnn_its_examples_say_how_to_install_it(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "escnn", None)
+    monkeypatch.delitem(sys.modules, "examples.models.steerable_cnn", raising=False)
+    example = importlib.import_module(f"examples.{name}")
+    with pytest.raises(SystemExit, match="0"):
+        example.main(["--help"])
+    with pytest.raises(SystemExit, match="2"):
+        example.main(["--samples", "8", "--out", str(tmp_path)])
+    assert 'pip install ".[escnn-deps]" && python -m pip install --no-deps escnn==' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("rotations", ["6", "2", "0"])
+def test_images_refuse_groups_without_quarter_turns(rotations: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        importlib.import_module("examples.images").parse(["--rotations", rotations])
+    assert f"--rotations: found '{rotations}': expected" in capsys.readouterr().err
+
+
+def test_the_lie_penalty_on_images_is_refused_before_the_first_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("escnn")
+    images = importlib.import_module("examples.images")
+    small = ["--samples", "8", "--width", "1", "--held-out", "4", "--batch", "8", "--epochs", "1"]
+    with pytest.raises(SystemExit, match="2"):
+        images.main([*small, "--methods", "strict", "triangle", "--out", str(tmp_path)])
+    assert "error: arm 'triangle' does not fit the task 'rotated images'" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())

@@ -3,10 +3,12 @@
 import copy
 import json
 import math
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -15,7 +17,7 @@ pytest.importorskip("matplotlib")
 pytest.importorskip("tqdm")
 
 import constrained_equiv as ce
-from examples import harness, methods, mocap, optimizers, report
+from examples import harness, methods, mocap, optimizers, pointcloud, report
 from examples.benchmarks import compare
 from examples.methods import METHODS
 from examples.task import Batch, Task
@@ -70,6 +72,35 @@ def test_arms_of_a_seed_start_alike_and_see_the_same_batches(name: str, task: Ta
     (weights, batches), (expected_weights, expected_batches) = seen(name), seen(other)
     torch.testing.assert_close(weights, expected_weights, rtol=0, atol=0)
     torch.testing.assert_close(batches, expected_batches, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", ["strict", "primal-dual", "resilient"])
+def test_validation_is_of_the_model_that_is_tested(name: str) -> None:
+    """Statistics of batch norm that were gathered with terms on would make it another one."""
+    small = "--samples 32 --points 32 --width 4 --neighbours 4 --batch 8 --epochs 2"
+    task, method = pointcloud.make_task(pointcloud.parse(small.split())), METHODS[name]
+    torch.manual_seed(0)
+    model = methods.build(method, task).train()
+    optimizer = methods.prepare(method, model, task, steps=8, lr=1e-2)
+    for relaxation in ce.relaxations(model):
+        torch.nn.init.normal_(relaxation.term.weight, std=0.3)
+    for batch in harness.batches(task.train, SETTINGS, None):
+        optimizer.zero_grad()
+        task.loss(model, batch).backward()
+        optimizer.step()
+    before = copy.deepcopy(model.state_dict())
+    found = harness.validate(task, method, model, SETTINGS)
+    assert all(map(torch.equal, before.values(), model.state_dict().values()))
+    if name == "strict":
+        ce.recalibrate(model, harness.batches(task.train, SETTINGS, None), forward=lambda m, b: m(task.inputs(b)))
+    else:
+        ce.finalize(
+            model,
+            batches=harness.batches(task.train, SETTINGS, None),
+            forward=lambda m, b: m(task.inputs(b)),
+            on_violation="keep" if method.ends == "keep" else "drop",
+        )
+    assert harness.evaluate(task, model, SETTINGS) == pytest.approx(found, abs=1e-9)
 
 
 def test_no_turns_leaves_the_batches_alone(task: Task, tmp_path: Path) -> None:
@@ -251,6 +282,12 @@ def test_tuned_strict_is_chosen_by_validation_on_the_seeds_that_all_have() -> No
     assert report.tuned_strict([*plain, *other]) is None
 
 
+@pytest.mark.parametrize("name", ["strict x.", "strict x0", "strict x0.0", "strict x1.2.3", "strict x-1"])
+def test_a_factor_on_the_rate_is_a_number_above_zero(name: str) -> None:
+    with pytest.raises(ValueError, match=f"found arm '{name}': expected one of"):
+        methods.find(name)
+
+
 def test_compare_keeps_what_is_finished_and_reports_against_strict_and_tuned_strict(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -259,6 +296,7 @@ def test_compare_keeps_what_is_finished_and_reports_against_strict_and_tuned_str
     chosen = ["mocap", "--with", SMALL, "--out", str(tmp_path)]
     compare.main(["run", *chosen, *arms])
     (folder,) = tmp_path.iterdir()
+    assert folder.name.endswith("-simulated")
     lines = (folder / "records.jsonl").read_text().splitlines()
     assert len(lines) == 6
     record = json.loads(lines[-1])
@@ -275,7 +313,9 @@ def test_compare_keeps_what_is_finished_and_reports_against_strict_and_tuned_str
 
     monkeypatch.setattr(harness, "run", again)
     compare.main(["run", *chosen, *arms])
-    capsys.readouterr()
+    with pytest.raises(SystemExit, match="2"):  # another command whose folder has the same name
+        compare.main(["run", "mocap", "--with", SMALL.replace(" 6", "  6"), "--out", str(tmp_path), *arms])
+    assert f"{folder} holds runs of" in capsys.readouterr().err
     compare.main(["report", *chosen])
     printed = capsys.readouterr().out
     assert "simulated data, 16 training samples" in printed
@@ -283,3 +323,118 @@ def test_compare_keeps_what_is_finished_and_reports_against_strict_and_tuned_str
     assert "test minus tuned strict (strict" in printed
     assert (folder / "report.md").read_text() in printed
     assert {path.name for path in folder.glob("*.png")} == {"validation.png", "test.png"}
+
+
+def write_walk(folder: Path) -> None:
+    """Write a recording of three short trials."""
+    folder.mkdir(parents=True)
+    rows = {f"{part}_trial": [i] for i, part in enumerate(("train", "val", "test"))}
+    starts = {f"{part}_start": np.arange(16).reshape(1, 16) for part in ("train", "val", "test")}
+    places = np.random.default_rng(0).normal(size=(150, 31, 3)).astype(np.float32)
+    trials = {"trial": [0, 1, 2], "trial_start": [0, 50, 100], "trial_len": [50, 50, 50]}
+    np.savez(folder / "walk_subject35.npz", pos=places, edges=np.zeros((30, 2), dtype=int), **trials, **rows, **starts)
+
+
+def test_compare_keeps_recorded_and_simulated_data_apart(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("CONSTRAINED_EQUIV_DATA", raising=False)
+    chosen = ["mocap", "--with", SMALL, "--out", str(tmp_path / "out")]
+    once = [*chosen, "--arms", "strict", "--seeds", "0"]
+    compare.main(["run", *once])
+    write_walk(tmp_path / "data" / "cmu_mocap")
+    compare.main(["run", *once, "--data", str(tmp_path / "data")])
+    found = {path.parent.name: path.read_text().splitlines() for path in (tmp_path / "out").rglob("records.jsonl")}
+    assert sorted(len(lines) for lines in found.values()) == [1, 1]
+    sources = {folder: json.loads(lines[0])["source"] for folder, lines in found.items()}
+    assert set(sources.values()) == {"recorded", "simulated"}
+    assert all(folder.endswith("-simulated") == (source == "simulated") for folder, source in sources.items())
+    capsys.readouterr()
+    compare.main(["report", *chosen])
+    printed = capsys.readouterr().out
+    assert "mocap (recorded data" in printed and "mocap (simulated data" in printed
+
+
+@pytest.mark.parametrize("named", ["--data", "CONSTRAINED_EQUIV_DATA"])
+def test_compare_refuses_a_data_folder_that_lacks_the_data(
+    named: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("CONSTRAINED_EQUIV_DATA", raising=False)
+    if named == "CONSTRAINED_EQUIV_DATA":
+        monkeypatch.setenv(named, str(tmp_path / "nowhere"))
+    more = ["--data", str(tmp_path / "nowhere")] if named == "--data" else []
+    with pytest.raises(SystemExit, match="2"):
+        compare.main(["run", "mocap", "--with", SMALL, "--out", str(tmp_path / "out"), *more])
+    printed = capsys.readouterr().err
+    assert f"found no {tmp_path / 'nowhere' / 'cmu_mocap'}, expected the recorded data of mocap" in printed
+    assert f"leave {named} out to run on the simulator" in printed
+    (tmp_path / "data" / "cmu_mocap").mkdir(parents=True)
+    with pytest.raises(SystemExit, match="2"):
+        compare.main(
+            ["run", "mocap", "--with", SMALL, "--out", str(tmp_path / "out"), "--data", str(tmp_path / "data")]
+        )
+    assert "expected the file walk_subject35.npz" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_compare_checks_all_experiments_before_the_first_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("CONSTRAINED_EQUIV_DATA", raising=False)
+    monkeypatch.setitem(sys.modules, "escnn", None)
+    monkeypatch.delitem(sys.modules, "examples.models.steerable_cnn", raising=False)
+    with pytest.raises(SystemExit, match="2"):
+        compare.main(["run", "mocap", "mnist_rot", "--arms", "strict", "--seeds", "0", "--out", str(tmp_path)])
+    printed = capsys.readouterr().err
+    assert "error: experiment mnist_rot" in printed and "pip install --no-deps escnn" in printed
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("program", [compare.main, mocap.main])
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ("--seeds 0 1 0", "--seeds: found 0 1 0: expected each of them once"),
+        ("--seeds -1", "found '-1': expected a whole"),
+    ],
+)
+def test_a_seed_counts_once(
+    program: Any, more: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    chosen = ["run", "mocap", "--with", SMALL] if program is compare.main else SMALL.split()
+    with pytest.raises(SystemExit, match="2"):
+        program([*chosen, "--out", str(tmp_path), *more.split()])
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--epochs", "0"], "--epochs: found '0': expected a whole number of at least 1"),
+        (["--samples", "0"], "--samples: found '0': expected a whole number of at least 1"),
+        (["--batch", "0"], "--batch: found '0': expected a whole number of at least 1"),
+        (["--batch", "2.5"], "--batch: found '2.5': expected a whole number of at least 1"),
+        (["--lr", "-1"], "--lr: found '-1': expected a finite number above 0"),
+        (["--lr", "nan"], "--lr: found 'nan': expected a finite number above 0"),
+        (["--lr", "inf"], "--lr: found 'inf': expected a finite number above 0"),
+        (["--device", "warp"], "--device: found 'warp': expected a device of this machine"),
+        (["--methods", "strict x."], "--methods: found arm 'strict x.': expected one of strict"),
+        (["--methods", "strict", "strict"], "--methods: found strict strict: expected each of them once"),
+        (["--methods", "strict", "gate, published layers"], "error: arm 'gate, published layers' does not fit"),
+        (["--data", "nowhere"], "error: found no such folder, expected the file walk_subject35.npz"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else None,
+)
+def test_what_cannot_run_is_refused_before_the_first_run(
+    more: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        mocap.main([*SMALL.split(), "--out", str(tmp_path), *more])
+    assert message in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_options_that_determine_the_task_are_part_of_a_record(tmp_path: Path) -> None:
+    mocap.main([*SMALL.split(), "--methods", "strict", "--seeds", "0", "--out", str(tmp_path)])
+    found = json.loads((tmp_path / "strict-0.json").read_text())["options"]
+    assert found == {"data": None, "data_seed": 0, "motion": "walk", "ahead": 30, "width": 4, "layers": 1}

@@ -5,6 +5,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -13,6 +14,7 @@ pytest.importorskip("matplotlib")
 pytest.importorskip("tqdm")
 
 from examples import harness, methods, nbody, report
+from examples.data.nbody import simulate
 
 SMALL = "--epochs 6 --samples 24 --validation 16 --hidden 4x0e+4x1o --layers 1 --batch 8"
 
@@ -75,10 +77,52 @@ def test_runs_whose_names_hold_dots_keep_apart(tmp_path: Path) -> None:
     assert {path.name for path in tmp_path.glob("*.pt")} == {"strict x0.5-0.pt", "strict x0.5-1.pt"}
 
 
-def test_resume_refuses_other_settings(tmp_path: Path) -> None:
-    nbody.main(options(tmp_path, "--methods", "strict", "--seeds", "0"))
-    with pytest.raises(ValueError, match="written with"):
-        nbody.main(options(tmp_path, "--methods", "strict", "--seeds", "0", "--resume", "--lr", "1e-4"))
+@pytest.mark.parametrize(
+    ("more", "there", "here"),
+    [
+        ("--lr 1e-4", "lr=0.004", "lr=0.0001"),
+        ("--data-seed 1", "options.data_seed=0", "options.data_seed=1"),
+        ("--validation 8", "options.validation=16", "options.validation=8"),
+        ("--hidden 2x0e+2x1o", "options.hidden='4x0e+4x1o'", "options.hidden='2x0e+2x1o'"),
+        ("--ten-bodies 2", "options.ten_bodies=0", "options.ten_bodies=2"),
+    ],
+)
+def test_resume_refuses_another_run_and_says_what_differs(
+    more: str, there: str, here: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    chosen = ("--methods", "strict", "--seeds", "0")
+    nbody.main(options(tmp_path, *chosen))
+    before = (tmp_path / "strict-0.pt").read_bytes()
+    with pytest.raises(SystemExit, match="2"):
+        nbody.main(options(tmp_path, *chosen, "--resume", *more.split()))
+    printed = capsys.readouterr().err
+    assert f"strict-0.pt was written with {there}: expected {here}; repeat the options" in printed
+    assert (tmp_path / "strict-0.pt").read_bytes() == before
+
+
+def test_an_arm_that_does_not_fit_is_refused_before_the_first_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        nbody.main(options(tmp_path, "--methods", "strict", "strict, muon"))
+    assert "error: arm 'strict, muon' does not fit the task 'charged N-body'" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_data_may_be_a_folder_or_its_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    splits = simulate((2, 1, 1), seed=3)
+    arrays: dict[str, Any] = {"frame": np.array([30, 40])}
+    for part, samples in zip(splits._fields, splits, strict=True):
+        places = torch.stack([samples.positions, samples.targets], dim=1).numpy()
+        speeds = torch.stack([samples.velocities] * 2, dim=1).numpy()
+        arrays |= {f"loc_{part}": places, f"vel_{part}": speeds, f"charge_{part}": samples.charges.numpy()}
+    np.savez(tmp_path / "nbody5_charged.npz", **arrays)
+    for path in (tmp_path, tmp_path / "nbody5_charged.npz"):
+        loaded = nbody.make_task(nbody.parse(["--data", str(path), "--samples", "2", "--validation", "1"]))
+        assert torch.equal(loaded.train[0], splits.train.positions)
+    with pytest.raises(SystemExit, match="2"):
+        nbody.main(["--data", str(tmp_path / "elsewhere")])
+    assert f"error: found no file '{tmp_path / 'elsewhere'}', expected nbody5_charged.npz" in capsys.readouterr().err
 
 
 def test_whole_pipeline_is_equivariant_in_float64(float64_default: None) -> None:

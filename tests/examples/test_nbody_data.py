@@ -192,6 +192,14 @@ def test_load_reads_the_first_of_each_split(tmp_path):
     assert splits.val.charges.dtype == torch.float32
 
 
+def test_load_refuses_a_path_without_trajectories(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"found no file .*nbody5_charged\.npz.*expected"):
+        load(tmp_path)
+    (tmp_path / "nbody5_charged.npz").write_text("version https://git-lfs")
+    with pytest.raises(ValueError, match=r"found 23 bytes in .* no npz archive"):
+        load(tmp_path)
+
+
 def test_load_refuses_what_is_not_there(tmp_path):
     write(tmp_path / "data.npz")
     with pytest.raises(ValueError, match=r"target_frame=41 is not stored; pass one of \[30, 40\]"):
