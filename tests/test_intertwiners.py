@@ -432,3 +432,19 @@ def test_maps_from_or_to_nothing_have_no_defect(inputs, outputs):
     defect = space.defect(maps)
     assert torch.equal(defect, torch.zeros(len(space.generator_names), 5))
     assert torch.autograd.grad(defect.sum(), maps)[0].shape == maps.shape
+
+
+@pytest.mark.parametrize("layout", ["mul_ir", "ir_mul"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_single_precision_leaves_what_double_leaves(dtype, layout):
+    """Vectors, whose diagonals are worked through together with their neighbours there, between other irreps."""
+    space = intertwiners(
+        reps.irreps("3x0e + 5x1o + 2x1o + 1x2e", layout=layout), reps.irreps("4x1o + 2x0e + 1x1e + 3x1o", layout=layout)
+    )
+    maps = torch.randn(2, 3, *space.shape).to(dtype)
+    expected = space.complement(maps.double())
+    found = space.complement(maps)
+    torch.testing.assert_close(found.double(), expected, rtol=0, atol=8 * torch.finfo(dtype).eps)
+    untouched = expected == maps.double()  # what has no equivariant part
+    assert 0.4 < untouched.double().mean() < 0.9
+    assert torch.equal(found[untouched], maps[untouched])
