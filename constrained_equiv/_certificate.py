@@ -27,12 +27,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
 
 from constrained_equiv._symmetry import Symmetry
 from constrained_equiv._table import table
 from constrained_equiv._trace import Call, Trace, trace, unchanged
-from constrained_equiv._verify import call, larger, leaves
+from constrained_equiv._verify import call, larger, leaves, map_tensors
 
 _ONE_LIPSCHITZ = (nn.Identity, nn.ReLU, nn.Tanh, nn.Softplus, nn.Flatten, nn.Unflatten, nn.Hardtanh, nn.Softsign)
 _CURVED = {nn.SiLU: 1.0999, nn.GELU: 1.1290, nn.Sigmoid: 0.25, nn.Mish: 1.0885}  # suprema of |slope|, rounded up
@@ -144,7 +143,7 @@ def certify(
 
     with unchanged(model):
         plain = run(inputs)
-        output = tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, plain.output)
+        output = map_tensors(torch.clone, plain.output)
         size = _norm(leaves(output).values())
         moved: list[list[float | None]] = []
         measured, isometric = None, True

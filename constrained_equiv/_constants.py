@@ -14,18 +14,21 @@ import torch
 _Made = TypeVar("_Made", bound=Callable[..., object])
 
 
-def constant(make: _Made) -> _Made:
-    """Remember the results of a function."""
+def constant(most: int) -> Callable[[_Made], _Made]:
+    """Remember the last results of a function, so many at most."""
 
-    @lru_cache(maxsize=4096)
-    @wraps(make)
-    def remembered(*arguments: object) -> object:
-        if torch.compiler.is_compiling():  # a compiler looks into the function, and keeps nothing
-            return make(*arguments)
-        with torch.inference_mode(False), torch.no_grad(), torch.device("cpu"):
-            return make(*arguments)
+    def keeping(make: _Made) -> _Made:
+        @lru_cache(maxsize=most)
+        @wraps(make)
+        def remembered(*arguments: object) -> object:
+            if torch.compiler.is_compiling():  # a compiler looks into the function, and keeps nothing
+                return make(*arguments)
+            with torch.inference_mode(False), torch.no_grad(), torch.device("cpu"):
+                return make(*arguments)
 
-    return remembered  # type: ignore[return-value]
+        return remembered  # type: ignore[return-value]
+
+    return keeping
 
 
 def on_cpu(function: _Made) -> _Made:

@@ -465,7 +465,10 @@ class Engine:
             self._rescale(record, torch.where(values != 0, 1.0 - pull / values, 1.0).clamp_min_(0))
 
     def _rates(self, parameters: Sequence[nn.Parameter]) -> Tensor | float:
-        """Learning rates of parameters: one number where they share it, which is the rule, else one for each."""
+        """Learning rates of parameters: one number where they share it, which is the rule, else one for each.
+
+        Terms that left the base optimizer, when a part of the model was finalized, do not move.
+        """
         rate = {id(p): group["lr"] for group in self.base.param_groups for p in group["params"]}
         rates = [rate.get(id(parameter), 0.0) for parameter in parameters]
         if all(r is rates[0] or (isinstance(r, float) and r == rates[0]) for r in rates):

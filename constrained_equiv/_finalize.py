@@ -6,7 +6,6 @@ Law: nothing is changed unless every term passes the check (or `on_violation` sa
 fail has run; the loss is measured.
 """
 
-import copy
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -17,16 +16,16 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_map
+from torch.utils._pytree import tree_flatten
 
 from constrained_equiv import constraints
 from constrained_equiv._certificate import Certificate, certify
 from constrained_equiv._optim import Attached, ConstrainedOptimizer
-from constrained_equiv._relax import Relaxation, relaxations, remove
+from constrained_equiv._relax import Relaxation, refresh, relaxations, remove, switched_off
 from constrained_equiv._stacks import Terms
 from constrained_equiv._symmetry import Symmetry
 from constrained_equiv._table import table
-from constrained_equiv._verify import equivariance_error
+from constrained_equiv._verify import equivariance_error, is_geometric, map_tensors
 from constrained_equiv.errors import ConstrainedEquivError, RelaxationError, ViolationError
 from constrained_equiv.groups import Group
 from constrained_equiv.schedules import final_value
@@ -204,7 +203,7 @@ def finalize(
         folded = {id(r.term): _fold(r, probe, tied, notes) if fold else (0.0, 0.0) for r in leaving}
         removed = {id(r.term): _dropped_norm(r, fold) for r in leaving}
         certificate = _certificate(model, found, symmetry, probe, lipschitz, notes)
-        with _switched_off(leaving):
+        with switched_off([r.layer for r in leaving]):
             if probe is not None:
                 with _evaluation(model):
                     changes, output_change = probe.changes(run, first)
@@ -430,17 +429,7 @@ class _Probe:
 
 def _copied(value: Any) -> Any:
     """Copy the tensors of a structure, with whether they need gradients; the rest stays as it is."""
-
-    def one(leaf: Any) -> Any:
-        if isinstance(leaf, Tensor):
-            return _copy_of(leaf)
-        if _is_geometric(leaf):
-            twin = copy.copy(leaf)
-            twin.tensor = _copy_of(leaf.tensor)
-            return twin
-        return leaf
-
-    return tree_map(one, value)
+    return map_tensors(_copy_of, value)
 
 
 @torch.enable_grad()
@@ -449,11 +438,6 @@ def _copy_of(tensor: Tensor) -> Tensor:
     if tensor.is_leaf:
         return tensor.detach().clone().requires_grad_(tensor.requires_grad)
     return tensor.detach().requires_grad_().clone()
-
-
-def _is_geometric(leaf: Any) -> bool:
-    """Whether a leaf is one of escnn's geometric tensors."""
-    return isinstance(getattr(leaf, "tensor", None), Tensor) and hasattr(leaf, "type")
 
 
 def _model_error(model: nn.Module, symmetry: Symmetry | None, probe: _Probe | None, notes: list[str]) -> float | None:
@@ -526,7 +510,7 @@ def _relative_change(before: list[Tensor], after: list[Tensor]) -> float:
 def _tensors_of(value: Any) -> list[Tensor]:
     """Copy the tensors of a layer's output in float64: the next layer may overwrite it in place."""
     leaves = tree_flatten(value)[0]
-    tensors = [leaf.tensor if _is_geometric(leaf) else leaf for leaf in leaves]
+    tensors = [leaf.tensor if is_geometric(leaf) else leaf for leaf in leaves]
     return [t.detach().to(torch.float64, copy=True) for t in tensors if isinstance(t, Tensor) and t.is_floating_point()]
 
 
@@ -539,32 +523,12 @@ def _evaluation(model: nn.Module) -> Iterator[None]:
             model.eval()
             for r, _ in found:
                 r.term.evaluate_with_terms = True
-                _refresh(r)
+                refresh(r.layer)
             yield
     finally:
         for r, value in found:
             r.term.evaluate_with_terms = value
-            _refresh(r)
-
-
-@contextmanager
-def _switched_off(found: Iterable[Relaxation]) -> Iterator[None]:
-    """Some terms off, as `remove` will leave their layers, and switched back afterwards."""
-    before = [(r, r.term.enabled) for r in found]
-    try:
-        for r, _ in before:
-            r.term.enabled = False
-            _refresh(r)
-        yield
-    finally:
-        for r, enabled in before:
-            r.term.enabled = enabled
-            _refresh(r)
-
-
-def _refresh(relaxation: Relaxation) -> None:
-    if relaxation.adapter.refresh is not None:
-        relaxation.adapter.refresh(relaxation.layer)
+            refresh(r.layer)
 
 
 @contextmanager
@@ -583,7 +547,7 @@ def _restored_on_failure(statistics: Iterable[nn.Module], leaving: Iterable[Rela
                     tensor.copy_(value)
                 place[name] = tensor
         for r in leaving:
-            _refresh(r)
+            refresh(r.layer)
         raise
 
 

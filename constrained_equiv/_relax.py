@@ -7,7 +7,7 @@ Law: `isinstance`, base `state_dict` keys, parameters and inactive outputs stay 
 
 import copy
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -156,7 +156,7 @@ def relax(
     for layer, relaxed, term in chosen:  # nothing was changed so far, and nothing fails from here on
         layer.add_module(CHILD, term)
         layer.__class__ = relaxed
-        _refresh(layer)
+        refresh(layer)
     model.register_load_state_dict_pre_hook(_check_state_dict)  # type: ignore[no-untyped-call]
     return model
 
@@ -181,7 +181,13 @@ def disabled(model: nn.Module) -> Iterator[None]:
     Args:
         model: a relaxed model; a plain one is left alone.
     """
-    layers = [layer for layer in model.modules() if is_relaxed(layer)]
+    with switched_off([layer for layer in model.modules() if is_relaxed(layer)]):
+        yield
+
+
+@contextmanager
+def switched_off(layers: Sequence[nn.Module]) -> Iterator[None]:
+    """Switch the terms of some relaxed layers off within a `with` block."""
     before = [term_of(layer).enabled for layer in layers]
     _enable(layers, [False] * len(layers))
     try:
@@ -377,13 +383,14 @@ def _kind(layer: nn.Module) -> str:
     return type(layer).__name__
 
 
-def _enable(layers: list[nn.Module], states: list[bool]) -> None:
+def _enable(layers: Sequence[nn.Module], states: Sequence[bool]) -> None:
     for layer, state in zip(layers, states, strict=True):
         if is_relaxed(layer):  # not finalized meanwhile
             term_of(layer).enabled = state
-            _refresh(layer)
+            refresh(layer)
 
 
-def _refresh(layer: nn.Module) -> None:
-    if (refresh := adapter_of(layer).refresh) is not None:
-        refresh(layer)
+def refresh(layer: nn.Module) -> None:
+    """Drop what a relaxed layer has cached of its filters."""
+    if (drop := adapter_of(layer).refresh) is not None:
+        drop(layer)

@@ -240,17 +240,28 @@ def call(model: Callable[..., Any], inputs: Any) -> Any:
 
     It gets copies, for it may change what it takes in place; they stay in the graph of a differentiated input.
     """
-    given = tree_map(_copy_of_input, inputs)
+    # a copy made under no_grad forgets that it is differentiated
+    given = map_tensors(lambda tensor: tensor.clone().requires_grad_(tensor.requires_grad), inputs)
     return model(*given) if isinstance(given, tuple) else model(given)
 
 
-def _copy_of_input(leaf: Any) -> Any:
-    if isinstance(leaf, Tensor):
-        return leaf.clone().requires_grad_(leaf.requires_grad)  # a copy made under no_grad forgets it
-    if isinstance(getattr(leaf, "tensor", None), Tensor) and hasattr(leaf, "type"):  # a geometric tensor
-        leaf = copy.copy(leaf)
-        leaf.tensor = _copy_of_input(leaf.tensor)
-    return leaf
+def map_tensors(function: Callable[[Tensor], Tensor], value: Any) -> Any:
+    """Replace every tensor in a structure by a function of it, the data of geometric tensors too."""
+
+    def one(leaf: Any) -> Any:
+        if isinstance(leaf, Tensor):
+            return function(leaf)
+        if is_geometric(leaf):
+            leaf = copy.copy(leaf)
+            leaf.tensor = function(leaf.tensor)
+        return leaf
+
+    return tree_map(one, value)
+
+
+def is_geometric(leaf: Any) -> bool:
+    """Whether a leaf is one of escnn's geometric tensors."""
+    return isinstance(getattr(leaf, "tensor", None), Tensor) and hasattr(leaf, "type")
 
 
 def leaves(value: Any) -> dict[str, Tensor]:
@@ -308,7 +319,7 @@ def _gaps(
 ) -> list[_Gap]:
     """Compare every output at every element; the excess is over the tolerance (None: that of the output's dtype)."""
     # copied, for a model may hand out one buffer every time
-    plain = tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, call(model, inputs))
+    plain = map_tensors(torch.clone, call(model, inputs))
     sizes = leaves(plain)
     found = []
     for element in elements:
@@ -410,7 +421,7 @@ def _evaluated_in(
     dtype: torch.dtype, model: Callable[..., Any], inputs: Any, symmetry: Symmetry, worst: _Gap
 ) -> tuple[float, Tensor, Tensor] | None:
     """Return the error, f(x) and f(g x) in another dtype; None where the model cannot be copied or cast."""
-    cast = _map_tensors(lambda t: t.to(dtype), inputs)
+    cast = _map_floats(lambda t: t.to(dtype), inputs)
     copied = _copy_of(model)
     if copied is None:
         return None
@@ -455,10 +466,10 @@ def _shake(value: Any, generator: torch.Generator, units: int = 1) -> Any:
         up = torch.randint(2, tensor.shape, generator=generator).to(tensor) * 2 - 1
         return tensor * (1 + up * (units * torch.finfo(tensor.dtype).eps))
 
-    return _map_tensors(one, value)
+    return _map_floats(one, value)
 
 
-def _map_tensors(function: Callable[[Tensor], Tensor], value: Any) -> Any:
+def _map_floats(function: Callable[[Tensor], Tensor], value: Any) -> Any:
     def one(leaf: Any) -> Any:
         if isinstance(leaf, Tensor) and leaf.is_floating_point():
             return function(leaf.detach()).requires_grad_(leaf.requires_grad)

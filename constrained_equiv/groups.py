@@ -186,11 +186,7 @@ def _inside(elements: Tensor, group: Group) -> list[bool]:
 
 def fingerprint(matrices: Tensor) -> int:
     """Return a number that tells matrices apart which differ by more than rounding."""
-    return hash(_key(matrices))
-
-
-def _key(matrix: Tensor) -> tuple[float, ...]:
-    return tuple((torch.round(matrix * 1e6) + 0.0).flatten().tolist())
+    return hash(tuple((torch.round(matrices * 1e6) + 0.0).flatten().tolist()))
 
 
 def _turn(angles: Tensor) -> Tensor:

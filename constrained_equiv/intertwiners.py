@@ -278,7 +278,7 @@ class _Place:
             diagonals.sub_(total.unsqueeze_(-1), alpha=1.0 / self.dim)
 
 
-@constant
+@constant(1024)
 def _comb(width: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """A column (width, 1) with 1 at every third place, and 0 between."""
     comb = torch.zeros(width, 1, dtype=dtype)
@@ -314,7 +314,7 @@ def _copies(block: Tensor, outputs: Block, inputs: Block) -> Tensor:
     return view.permute(*range(lead), *(lead + axis for axis in order))
 
 
-@constant
+@constant(4096)
 def _local_basis(
     group: Group, out: Atom, into: Atom, dtype: torch.dtype = torch.float64, device: torch.device | None = None
 ) -> Tensor:
@@ -368,7 +368,7 @@ def _null_space(group: Group, out: Atom, into: Atom) -> Tensor:
     return solutions
 
 
-@constant
+@constant(4096)
 def _atom_generators(
     group: Group, atom: Atom, dtype: torch.dtype = torch.float64, device: torch.device | None = None
 ) -> Tensor:

@@ -272,7 +272,7 @@ class Kernels:
         return flat.transpose(1, 2) if self.transposed else flat
 
 
-@constant
+@constant(1024)
 def _places(outputs: tuple[Field, ...], b: Field, inputs: tuple[Field, ...], a: Field, device: torch.device) -> Any:
     """Where the channels of one pair of field types are: two slices, or two index tensors that broadcast."""
     rows, columns = (_channels_of(fields, one) for fields, one in ((outputs, b), (inputs, a)))
@@ -320,7 +320,7 @@ class _Prepared(NamedTuple):
     generators: tuple[tuple[Tensor, Tensor, Tensor], ...]
 
 
-@constant
+@constant(1024)
 def _prepared(local: LocalKernels, dtype: torch.dtype, device: torch.device) -> _Prepared:
     parts, start = [], 0
     if local.basis is not None:
@@ -391,7 +391,7 @@ class _Content:
     orbits: tuple[Tensor, ...] = field(compare=False)
 
 
-@constant
+@constant(256)
 def _spanned(content: _Content) -> LocalKernels:
     samples = content.samples.detach().cpu().double()
     vectors = samples.flatten(1)

@@ -104,12 +104,15 @@ def triangle(
         where: layers, as for `ce.relax`.
         adapter: as for `ce.relax`.
 
+    Raises:
+        ConstraintError: if `norm` is unknown.
+
     Reference: Pertigkiozoglou et al. (2024), "Improving Equivariant Model Training via Constraint Relaxation". Sampled
         generators are replaced by their expectation, and sums over batch and points by means.
     """
-    relax(model, where=where, adapter=adapter, complement=False, init=init)
     if norm not in ("activation", "weight"):
         raise ConstraintError(f"norm={norm!r}: expected 'activation' or 'weight'")
+    relax(model, where=where, adapter=adapter, complement=False, init=init)
     size = constraints.activation if norm == "activation" else constraints.weight
     penalties = [
         constraints.penalty(record, coefficient=coefficient)

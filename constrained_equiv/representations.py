@@ -171,7 +171,7 @@ def _derivative(atom: Atom, direction: Tensor) -> Tensor:
 # --- O(3) and SO(3) -------------------------------------------------------------------------------------------------
 
 
-@constant
+@constant(128)
 def rotation_generators(degree: int) -> Tensor:
     """Return d D^l of the cross products with x, y, z in e3nn's real basis, (3, 2l + 1, 2l + 1) float64.
 

@@ -198,7 +198,7 @@ def run(
 
     model.load_state_dict(best_state)
     trained = _count(model)
-    if not constrained and _keeps_statistics(model):
+    if not constrained:
         _gather(task, model, settings)  # as `finalize` does for all others
     before = after = _error(task, model)
     notes: tuple[str, ...] = ()

@@ -101,7 +101,7 @@ class _Space:
     gspace: Any = field(compare=False)
 
 
-@constant
+@constant(512)
 def _averaged(
     named: _Space, out: Any, into: Any, grid: bytes, shape: tuple[int, int]
 ) -> tuple[LocalKernels | None, tuple[Tensor, ...]]:

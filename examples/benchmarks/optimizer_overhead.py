@@ -40,7 +40,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--counts", type=int, nargs="+", default=[10, 100, 1_000])
     parser.add_argument("--irreps", nargs="+", default=["16x0e + 16x1o", "32x0e + 32x1o"], help="of linear layers")
-    parser.add_argument("--steps", type=int, default=30, help="timed of each variant at N = 100; as long elsewhere")
+    parser.add_argument("--steps", type=int, default=30, help="of each variant at N = 100; others take as long")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--without-cooper", action="store_true", help="leave stock Cooper out")

@@ -95,3 +95,11 @@ def test_a_tail_is_a_fraction() -> None:
     model, how = layer()
     with pytest.raises(ce.errors.ConstraintError, match="tail=1"):
         presets.ours(model, steps=STEPS, tail=1.0, **how)
+
+
+def test_an_unknown_size_is_refused_before_anything_is_relaxed() -> None:
+    model, how = layer()
+    norm: Any = "activations"
+    with pytest.raises(ce.errors.ConstraintError, match="norm='activations': expected 'activation' or 'weight'"):
+        presets.triangle(model, steps=STEPS, norm=norm, **how)
+    assert not ce.relaxations(model)
